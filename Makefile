@@ -1,0 +1,44 @@
+# make demo, make test: each makes .venv from the lock files first; nothing else is needed but
+# Python 3.11 to 3.13 and PyPI. TORCH is what the tests' references need (PyTorch has CPU builds
+# apart: elsewhere, add e.g. --index-url https://download.pytorch.org/whl/cpu).
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+RUN := JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python
+
+.PHONY: demo demo-long test test-all check lock
+
+demo: $(BIN)/.run
+	$(RUN) -m emu3_jax.launch --config=configs/demo.py
+
+demo-long: $(BIN)/.run
+	$(RUN) -m emu3_jax.launch --config=configs/demo_long.py
+
+test: $(BIN)/.test check
+	$(RUN) -m pytest -m "not slow"
+
+test-all: $(BIN)/.test check
+	$(RUN) -m pytest
+
+check: $(BIN)/.test
+	$(BIN)/ruff check .
+
+$(BIN)/uv:
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet uv
+
+$(BIN)/.run: requirements.lock | $(BIN)/uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock
+	touch $@
+
+$(BIN)/.test: requirements-test.lock requirements.lock | $(BIN)/uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements-test.lock
+	$(BIN)/pip install --quiet $(TORCH)
+	touch $@
+
+# Pins for Python 3.11 to 3.13 on every platform at once.
+lock: | $(BIN)/uv
+	$(BIN)/uv pip compile --universal --python-version 3.11 --no-header --quiet \
+		requirements.txt -o requirements.lock
+	$(BIN)/uv pip compile --universal --python-version 3.11 --no-header --quiet \
+		-c requirements.lock requirements-test.txt -o requirements-test.lock

@@ -1,0 +1,14 @@
+"""The demo on all 3,853 pictures, for an hour or more.
+
+    python -m emu3_jax.launch --config=configs/demo_long.py[:STAGE]
+
+Hardware: any CPU. Expected result: runs/demo_long/report.html, with better figures than the demo's.
+"""
+
+from configs import demo
+
+
+def get_config(stage: str = ""):
+    """The same stages, trained longer on everything."""
+    job = demo.build("runs/demo_long", (), tokenizer_steps=8000, decoder_steps=6000)
+    return demo.stage_of(job, stage)

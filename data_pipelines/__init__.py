@@ -1,0 +1,1 @@
+"""Sources -> token stores -> documents -> packed rows -> batches."""

@@ -1,0 +1,30 @@
+"""The text part of a small vocabulary, learnt from the captions of an image list."""
+
+import dataclasses
+import pathlib
+
+from data_pipelines import image_folder
+from emu3_jax import vocab
+
+
+@dataclasses.dataclass
+class TrainVocab:
+    """Job: a byte-level BPE of `size` ranks from the captions of `list`, written to `path`.
+
+    Where nothing is left to merge it has fewer ranks.
+    """
+
+    images: str
+    path: str
+    list: str = "train.jsonl"
+    size: int = 512
+
+    def run(self) -> None:
+        """Writes the ranks, or says that they are there."""
+        if pathlib.Path(self.path).exists():
+            print(f"{self.path}: there")
+            return
+        entries = image_folder.read_list(pathlib.Path(self.images) / self.list)
+        ranks = vocab.train_bpe([entry["caption"] for entry in entries], self.size)
+        vocab.save_ranks(ranks, self.path)
+        print(f"{self.path}: {len(ranks)} ranks from {len(entries)} captions")

@@ -1,0 +1,56 @@
+"""The demo: every stage of the project in order, one job after the other."""
+
+import dataclasses
+import json
+import pathlib
+import time
+from typing import Any
+
+from emu3_jax import config, metrics
+
+STAGES = ("images", "vocabulary", "tokenizer", "store", "decoder", "draw", "evaluate", "export",
+          "report")  # fmt: skip
+
+
+@dataclasses.dataclass
+class Demo:
+    """Job: runs its stages, each a job of its own; what is complete is not done again.
+
+    A stage that was interrupted goes on where it was. The seconds of each stage, over all starts,
+    are kept in `run_dir`/seconds.json for the report.
+    """
+
+    run_dir: str
+    images: Any
+    vocabulary: Any
+    tokenizer: Any
+    store: Any
+    decoder: Any
+    draw: Any
+    evaluate: Any
+    export: Any
+    report: Any
+
+    def run(self) -> None:
+        """Runs all stages, or says that they are done and where to look."""
+        run_dir = pathlib.Path(self.run_dir)
+        done, seconds = run_dir / "demo.json", run_dir / "seconds.json"
+        wanted = json.dumps(config.to_json(self), indent=1)
+        report = run_dir / "report.html"
+        if done.exists() and done.read_text() == wanted and report.exists():
+            print(f"The demo is complete: open {report}")
+            return
+        done.unlink(missing_ok=True)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        spent = json.loads(seconds.read_text()) if seconds.exists() else {}
+        for number, stage in enumerate(STAGES, start=1):
+            print(f"\n[{number}/{len(STAGES)}] {stage}", flush=True)
+            start = time.time()
+            try:
+                getattr(self, stage).run()
+            finally:
+                spent[stage] = spent.get(stage, 0.0) + time.time() - start
+                seconds.write_text(json.dumps(spent, indent=1))
+        done.write_text(wanted)
+        print(f"\nThe demo is complete after {metrics.time_left(sum(spent.values()))}:"
+              f" open {report}")  # fmt: skip

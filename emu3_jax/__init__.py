@@ -1,0 +1,1 @@
+"""The language model and everything that trains it. Imports nothing from the other folders."""

@@ -1,0 +1,84 @@
+"""A run is one dataclass: made by a config file, changed from the command line, kept as JSON."""
+
+import dataclasses
+import difflib
+import importlib
+import os
+import runpy
+
+from absl import flags
+from ml_collections import config_flags
+
+
+def load(argv: list[str]):
+    """The configuration that `--config=FILE[:ARGUMENT] --config.a.b=value ...` asks for.
+
+    FILE defines get_config(), which may take ARGUMENT. Types are those of the dataclass fields.
+    Raises ValueError in one line for a missing file, an unknown field (naming the nearest one)
+    or a value of the wrong type.
+    """
+    paths = [arg.split("=", 1)[1] for arg in argv if arg.startswith("--config=")]
+    if len(paths) != 1:
+        raise ValueError("want one --config=FILE, as in --config=configs/demo.py")
+    path, _, argument = paths[0].partition(":")
+    if not os.path.exists(path):
+        raise ValueError(f"--config={path}: no such file")
+    unknown = [arg for arg in argv if not arg.startswith(("--config=", "--config."))]
+    if unknown:
+        raise ValueError(f"{unknown[0]}: want --config=FILE and --config.FIELD=VALUE only")
+    get_config = runpy.run_path(path)["get_config"]
+    default = get_config(argument) if argument else get_config()
+    for arg in argv:
+        if arg.startswith("--config."):
+            _check_field(default, arg.split("=", 1)[0])
+    values = flags.FlagValues()
+    fields = [arg for arg in argv if not arg.startswith("--config=")]
+    holder = config_flags.DEFINE_config_dataclass(
+        "config", default, flag_values=values, sys_argv=fields
+    )
+    try:
+        values(["launch", *fields])
+    except flags.Error as error:
+        raise ValueError(f"{str(error).removeprefix('flag ')}") from None
+    return values[holder.name].value
+
+
+def _check_field(config, name: str) -> None:
+    """Raises ValueError if `name` (--config.a.b) leads nowhere."""
+    node = config
+    for key in name.removeprefix("--config.").split("."):
+        if not dataclasses.is_dataclass(node):
+            raise ValueError(f"{name}: {type(node).__name__} {node!r} has no fields")
+        fields = [field.name for field in dataclasses.fields(node)]
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(fields)}"
+            raise ValueError(f"{name}: {type(node).__name__} has no field {key!r}; {hint}")
+        node = getattr(node, key)
+
+
+def to_json(config):
+    """A dataclass as JSON values that `from_json` reads back; classes are named by their place."""
+    if dataclasses.is_dataclass(config):
+        fields = {f.name: to_json(getattr(config, f.name)) for f in dataclasses.fields(config)}
+        return {"class": f"{type(config).__module__}:{type(config).__qualname__}", **fields}
+    if isinstance(config, list | tuple):
+        return [to_json(value) for value in config]
+    if isinstance(config, dict):
+        return {key: to_json(value) for key, value in config.items()}
+    return config
+
+
+def from_json(value):
+    """What `to_json` wrote; sequences come back as tuples. Raises ValueError for a foreign class."""
+    if isinstance(value, list):
+        return tuple(from_json(v) for v in value)
+    if not isinstance(value, dict):
+        return value
+    fields = {key: from_json(v) for key, v in value.items() if key != "class"}
+    if "class" not in value:
+        return fields
+    module, _, name = value["class"].partition(":")
+    if module.split(".")[0] not in ("emu3_jax", "tokenizer", "data_pipelines", "demo", "tests"):
+        raise ValueError(f"config names class {value['class']!r}, which is not of this project")
+    return getattr(importlib.import_module(module), name)(**fields)

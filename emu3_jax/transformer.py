@@ -1,0 +1,219 @@
+"""Emu3's decoder: token ids in, hidden states, logits and the loss out.
+
+B batch  T query position  S key position  D width  N heads  K kv heads  H head dim  F ffn
+V vocab  L layers
+
+Pre-norm RMSNorm, rotary positions (half-split), grouped-query attention, SwiGLU, no biases, untied
+head (arXiv 2409.18869, table 3, and the released configuration). Nothing here knows what a token
+stands for: text and vision share the table, the layers and the head.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from emu3_jax import params as params_lib
+from emu3_jax.attention import attention
+from emu3_jax.loss import cross_entropy
+from emu3_jax.mesh import einsum, place, spec
+from emu3_jax.params import Param
+from emu3_jax.train import Task
+
+# remat policy by name -> what the backward pass finds saved instead of computing it again
+REMAT = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass
+class Transformer(Task):
+    """The decoder's sizes; the defaults are Emu3-8B's (8,492,011,520 weights).
+
+    `first_visual` is the id of code 0; only the metrics use it, to report the loss of vision and
+    text apart. `dropout` acts on embeddings, both residual branches and attention probabilities,
+    as in the released modelling code, and only while training. `init_std` is the standard
+    deviation of every initial matrix. `loss_chunk` is in positions. `unroll` layers are compiled
+    one by one in each round of the loop over layers: more compilation, and on CPU twice the speed.
+    """
+
+    layers: int = 32
+    width: int = 4096
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    ffn: int = 14336
+    vocab: int = 184_622
+    rope_theta: float = 1e6
+    norm_eps: float = 1e-5
+    dropout: float = 0.1
+    init_std: float = 0.02
+    first_visual: int = 151_854
+    dtype: str = "bfloat16"
+    remat: str = "full"
+    loss_chunk: int = 1024
+    unroll: int = 1
+
+    def params(self) -> dict:
+        """The weights as a tree of `Param`; layers are stacked on a leading L."""
+        sizes = dict(L=self.layers, D=self.width, N=self.heads, K=self.kv_heads, H=self.head_dim,
+                     F=self.ffn, V=self.vocab)
+
+        def norm(dims):
+            return Param(dims, tuple(sizes[dim] for dim in dims))
+
+        def weight(dims):
+            return Param(dims, tuple(sizes[dim] for dim in dims), self.init_std)
+
+        return dict(
+            embed=weight("VD"),
+            layers=dict(
+                attn=dict(norm=norm("LD"), q=weight("LDNH"), k=weight("LDKH"), v=weight("LDKH"),
+                          o=weight("LNHD")),
+                mlp=dict(norm=norm("LD"), gate=weight("LDF"), up=weight("LDF"),
+                         down=weight("LFD")),
+            ),
+            norm=norm("D"),
+            head=weight("DV"),
+        )
+
+    def init(self, key: jax.Array) -> tuple[dict, dict]:
+        """Initial (weights, variables); the decoder has no variables."""
+        return params_lib.init(self.params(), key), {}
+
+    def decays(self) -> dict:
+        """True for each weight that weight decay shrinks: all but the norms."""
+        return params_lib.decays(self.params())
+
+    def loss(self, params, variables, batch, key) -> tuple[jax.Array, tuple[dict, dict]]:
+        """Weighted mean cross-entropy of a batch of packed rows (batch contract: see packing.py).
+
+        Returns (loss, (variables, metrics)); `key` None means evaluation, without dropout. The
+        metrics count tokens and give the unweighted loss in nats of text and of vision targets.
+        """
+        x_BTD, _ = self.hidden(
+            params, batch["tokens"], batch["segments"], batch["positions"], key=key
+        )
+        head_DV = params["head"].astype(self.dtype)
+        nll_BT = cross_entropy(x_BTD, head_DV, batch["targets"], self.loss_chunk)
+        weights_BT = batch["weights"]
+        loss = jnp.sum(nll_BT * weights_BT) / jnp.maximum(jnp.sum(weights_BT), 1e-9)
+        metrics = dict(tokens=jnp.sum(batch["segments"] > 0))
+        visual_BT = batch["targets"] >= self.first_visual
+        for name, kind_BT in dict(text=~visual_BT, vision=visual_BT).items():
+            counted_BT = kind_BT & (weights_BT > 0)
+            total = jnp.sum(jnp.where(counted_BT, nll_BT, 0))
+            metrics[f"loss_{name}"] = total / jnp.maximum(jnp.sum(counted_BT), 1)
+        return loss, (variables, metrics)
+
+    def logits(self, params, tokens_BT, segments_BT, positions_BT) -> jax.Array:
+        """Scores of the next token at every position -> float32 logits_BTV."""
+        x_BTD, _ = self.hidden(params, tokens_BT, segments_BT, positions_BT)
+        return self.scores(params, x_BTD)
+
+    def scores(self, params, x_BTD) -> jax.Array:
+        """Final hidden states -> float32 logits_BTV."""
+        head_DV = params["head"].astype(self.dtype)
+        return einsum("BTD,DV->BTV", x_BTD, head_DV, preferred_element_type=jnp.float32)
+
+    def hidden(self, params, tokens_BT, segments_BT, positions_BT, cache=None, key=None):
+        """Final hidden states x_BTD, and the cache with these tokens added (None without one).
+
+        A cache (see `empty_cache`) holds earlier keys and values; the tokens are written behind
+        them, at index `cache["length"]`, and attend to all of it that they may see.
+        """
+        table_VD = place(params["embed"].astype(self.dtype), "..")
+        x_BTD = table_VD.at[tokens_BT].get(out_sharding=spec("BTD"))
+        training = key is not None and self.dropout > 0
+        key = jax.random.key(0) if key is None else key
+        drop = functools.partial(_dropout, rate=self.dropout if training else 0.0)
+        x_BTD = drop(x_BTD, jax.random.fold_in(key, self.layers))
+        rope = _rope(positions_BT, self.head_dim, self.rope_theta)
+        seen = None
+        if cache is not None:
+            seen = dict(
+                segments=_write(cache["segments"], segments_BT, cache["length"], "BS"),
+                positions=_write(cache["positions"], positions_BT, cache["length"], "BS"),
+            )
+
+        def layer(x_BTD, inputs):
+            p, index, kv = inputs
+            p = jax.tree.map(lambda w: w.astype(self.dtype), p)
+            keys = jax.random.split(jax.random.fold_in(key, index), 3)
+            h_BTD = _rms_norm(x_BTD, p["attn"]["norm"], self.norm_eps)
+            q_BTNH = rope(einsum("BTD,DNH->BTNH", h_BTD, p["attn"]["q"]))
+            k_BSKH = rope(einsum("BTD,DKH->BTKH", h_BTD, p["attn"]["k"]))
+            v_BSKH = einsum("BTD,DKH->BTKH", h_BTD, p["attn"]["v"])
+            keys_of = (None, None)
+            if kv is not None:
+                k_BSKH = _write(kv["k"], k_BSKH, cache["length"], "BSKH")
+                v_BSKH = _write(kv["v"], v_BSKH, cache["length"], "BSKH")
+                kv = dict(k=k_BSKH, v=v_BSKH)
+                keys_of = (seen["segments"], seen["positions"])
+            o_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, segments_BT, positions_BT, *keys_of,
+                               dropout=self.dropout if training else 0.0, key=keys[0])
+            x_BTD += drop(einsum("BTNH,NHD->BTD", o_BTNH, p["attn"]["o"]), keys[1])
+            h_BTD = _rms_norm(x_BTD, p["mlp"]["norm"], self.norm_eps)
+            h_BTF = jax.nn.silu(einsum("BTD,DF->BTF", h_BTD, p["mlp"]["gate"]))
+            h_BTF *= einsum("BTD,DF->BTF", h_BTD, p["mlp"]["up"])
+            x_BTD += drop(einsum("BTF,FD->BTD", h_BTF, p["mlp"]["down"]), keys[2])
+            return x_BTD, kv
+
+        if self.remat not in REMAT:
+            raise ValueError(f"remat {self.remat!r} is none of {', '.join(REMAT)}")
+        layer = jax.checkpoint(layer, policy=REMAT[self.remat], prevent_cse=False)
+        kv = None if cache is None else cache["layers"]
+        inputs = (params["layers"], jnp.arange(self.layers), kv)
+        x_BTD, kv = jax.lax.scan(layer, x_BTD, inputs, unroll=self.unroll)
+        if cache is not None:
+            cache = dict(layers=kv, length=cache["length"] + tokens_BT.shape[1], **seen)
+        return _rms_norm(x_BTD, params["norm"], self.norm_eps), cache
+
+    def empty_cache(self, batch: int, length: int) -> dict:
+        """A cache for `length` tokens of `batch` rows; segment 0 marks what is not written yet.
+
+        Queries must therefore have segments of 1 or more.
+        """
+        shape = (self.layers, batch, length, self.kv_heads, self.head_dim)
+        where = jnp.zeros((batch, length), jnp.int32, out_sharding=spec("BS"))
+        return dict(
+            layers={name: jnp.zeros(shape, self.dtype, out_sharding=spec("LBSKH"))
+                    for name in ("k", "v")},
+            length=jnp.int32(0), segments=where, positions=where,
+        )
+
+
+def _rms_norm(x, scale, eps):
+    """In float32, cast back, then scaled: the order of the released code."""
+    x32 = x.astype(jnp.float32)
+    x32 *= jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + eps)
+    return x32.astype(x.dtype) * place(scale, ".").astype(x.dtype)
+
+
+def _rope(positions_BT, head_dim, theta):
+    """Rotates the two halves of each head by angles position * theta**(-2i/H), in float32."""
+    freq_H = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angle_BTH = positions_BT[..., None].astype(jnp.float32) * freq_H
+    cos_BTNH, sin_BTNH = jnp.cos(angle_BTH)[:, :, None], jnp.sin(angle_BTH)[:, :, None]
+
+    def rotate(x_BTNH):
+        a, b = jnp.split(x_BTNH, 2, axis=-1)
+        cos, sin = cos_BTNH.astype(x_BTNH.dtype), sin_BTNH.astype(x_BTNH.dtype)
+        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+    return rotate
+
+
+def _write(store, new, index, dims):
+    """`store` with `new` written at `index` of its second axis."""
+    return jax.lax.dynamic_update_slice_in_dim(store, place(new, dims), index, axis=1)
+
+
+def _dropout(x_BTD, key, rate):
+    if not rate:
+        return x_BTD
+    keep = jax.random.bernoulli(key, 1 - rate, x_BTD.shape, out_sharding=spec("BTD"))
+    return jnp.where(keep, x_BTD / (1 - rate), 0).astype(x_BTD.dtype)

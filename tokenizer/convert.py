@@ -1,0 +1,285 @@
+"""Emu3's published tokenizer checkpoints to and from ours, tensor for tensor.
+
+Two layouts on disk, both config.json and safetensors:
+    official   the repository Emu3-VisionTokenizer (class Emu3VisionVQModel)
+    hf         transformers' Emu3VQVAE, alone or under `vqmodel.` inside an Emu3 model's directory
+Ours names the modules as the official one does. hf moves the attention norms out of the attention
+blocks, makes the attention's 1x1 convolutions linear layers and renames some modules.
+
+Every tensor keeps its dtype and its bits, there and back.
+"""
+
+import hashlib
+import json
+import pathlib
+import re
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from tokenizer import vq
+
+LAYOUTS = ("official", "hf")
+
+# config.json's words for ours; what is not listed has one allowed value, see FIXED.
+FIELDS = {
+    "official": {
+        "codebook_size": "codebook_size",
+        "embed_dim": "code_dim",
+        "z_channels": "latent_channels",
+        "ch": "width",
+        "ch_mult": "multipliers",
+        "num_res_blocks": "res_blocks",
+        "attn_resolutions": "attention_levels",
+        "temporal_downsample_factor": "temporal_factor",
+    },
+    "hf": {
+        "codebook_size": "codebook_size",
+        "embed_dim": "code_dim",
+        "latent_channels": "latent_channels",
+        "base_channels": "width",
+        "channel_multiplier": "multipliers",
+        "num_res_blocks": "res_blocks",
+        "attn_resolutions": "attention_levels",
+        "temporal_downsample_factor": "temporal_factor",
+    },
+}
+FIXED = {
+    "official": {"double_z": False, "in_channels": 3, "out_channels": 3, "dropout": 0.0},
+    "hf": {
+        "double_latent": False,
+        "in_channels": 3,
+        "out_channels": 3,
+        "num_attention_heads": 1,
+        "attention_dropout": 0.0,
+    },
+}
+MODEL_TYPES = {"Emu3VisionVQ": "official", "emu3_vqgan": "hf", "emu3": "hf"}
+CODE = "BAAI/Emu3-VisionTokenizer--"  # where transformers finds the official classes
+
+LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "embedding": "embedding.weight",
+    "mean": "running_mean",
+    "var": "running_var",
+    "count": "num_batches_tracked",
+}
+TO_OFFICIAL = (
+    (r"(time_conv\.\d+)\.", r"\1.conv.conv."),
+    (r"(time_res_stack\.\d+\.conv\d)\.", r"\1.conv."),
+    (r"^((?:post_)?quant_conv)\.", r"\1.conv."),
+)
+OFFICIAL_TO_HF = (
+    (r"\.attn\.(\d+)\.norm\.", r".attn_norms.\1."),
+    (r"\.attn_1\.norm\.", ".attn_norm."),
+    (r"\.([qkv])\.", r".\1_proj."),
+    (r"\.proj_out\.", ".out_proj."),
+    (r"^encoder\.down\.", "encoder.down_block.down."),
+    (r"^decoder\.up\.", "decoder.up_block.up."),
+    (r"\.mid\.", ".middle_block."),
+)
+LINEAR = re.compile(r"\.[qkv]_proj\.|\.out_proj\.")
+
+
+def load(path: str | pathlib.Path) -> vq.VQ:
+    """The tokenizer in a directory of either layout, in the dtypes of its files.
+
+    Raises:
+        ValueError: not a tokenizer checkpoint, or its files do not fit its config.json.
+    """
+    path = pathlib.Path(path)
+    layout, settings, prefix = read_config(path)
+    config = parse_config(path, settings, layout)
+    params, stats = vq.shapes(config)
+    files = {
+        name.removeprefix(prefix): file
+        for name, file in tensor_files(path).items()
+        if name.startswith(prefix)
+    }
+    names = {rename(name, layout): name for name in params | stats}
+    odd = sorted(names.keys() ^ files.keys())
+    if odd:
+        where = "its config.json" if odd[0] in files else "its safetensors"
+        raise ValueError(f"{path}: {len(odd)} tensors are not in {where}, first {prefix}{odd[0]}")
+    arrays = {}
+    for theirs, value in read_tensors(files, prefix):
+        name = names[theirs]
+        arrays[name] = jnp.asarray(from_torch(value, name))
+        want = (params | stats)[name].shape
+        if arrays[name].shape != want:
+            raise ValueError(
+                f"{path}: {prefix}{theirs} has shape {value.shape}, which does not fit its "
+                f"config.json; check that both come from the same model"
+            )
+    return vq.merge(config, {n: arrays[n] for n in params}, {n: arrays[n] for n in stats})
+
+
+def save(tokenizer: vq.VQ, path: str | pathlib.Path, layout: str = "official"):
+    """Writes config.json and model.safetensors. ValueError if the layout cannot hold it."""
+    config = config_json(tokenizer.config, layout)
+    path = pathlib.Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    safetensors.numpy.save_file(
+        dict(tensors(tokenizer, layout)), path / "model.safetensors", metadata={"format": "pt"}
+    )
+
+
+def tensors(
+    tokenizer: vq.VQ, layout: str = "official", prefix: str = ""
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, array) of every tensor as `layout` stores it; a full hf model's prefix is vqmodel."""
+    params, stats = vq.split(tokenizer)
+    for name, value in (params | stats).items():
+        theirs = rename(name, layout)
+        yield prefix + theirs, to_torch(np.asarray(value), name, theirs)
+
+
+def config_json(config: vq.VQConfig, layout: str = "official") -> dict:
+    """What config.json says of a tokenizer; in a full hf model it is the value of `vq_config`.
+
+    Raises:
+        ValueError: the layout's PyTorch code would compute something else.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout {layout!r} is unknown; use one of {', '.join(LAYOUTS)}")
+    if config.norm_groups != 32:
+        raise ValueError(
+            f"norm_groups is {config.norm_groups}, but Emu3's PyTorch code fixes 32; "
+            "train with norm_groups=32 to export"
+        )
+    fields = {theirs: getattr(config, ours) for theirs, ours in FIELDS[layout].items()}
+    fields = {theirs: list(v) if type(v) is tuple else v for theirs, v in fields.items()}
+    fields |= FIXED[layout]
+    if layout == "hf":
+        return {
+            "architectures": ["Emu3VQVAE"],
+            "dtype": "float32",
+            "model_type": "emu3_vqgan",
+            **fields,
+            "hidden_size": attention_width(config),
+        }
+    auto_map = {
+        "AutoConfig": CODE + "configuration_emu3visionvq.Emu3VisionVQConfig",
+        "AutoModel": CODE + "modeling_emu3visionvq.Emu3VisionVQModel",
+    }
+    return {
+        "architectures": ["Emu3VisionVQModel"],
+        "auto_map": auto_map,
+        "model_type": "Emu3VisionVQ",
+        "torch_dtype": "float32",
+        **fields,
+    }
+
+
+def fingerprint(tokenizer: vq.VQ) -> str:
+    """sha256 over the tensors in the official layout, names sorted; hex. Names what made codes."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors(tokenizer, "official")):
+        digest.update(f"{name} {value.dtype} {value.shape}\n".encode())
+        digest.update(value.tobytes())
+    return digest.hexdigest()
+
+
+def attention_width(config: vq.VQConfig) -> int:
+    # hf builds every attention block with one width, the middle block's too.
+    widths = {config.widths[level] for level in config.attention_levels} | {config.widths[-1]}
+    if len(widths) > 1:
+        raise ValueError(
+            f"attention_levels {config.attention_levels} have widths {sorted(widths)}, but the hf "
+            "layout has one width for all attention; use the official layout"
+        )
+    return widths.pop()
+
+
+def read_config(path: pathlib.Path) -> tuple[str, dict, str]:
+    """(layout, the tokenizer's settings, the prefix of its tensors)."""
+    file = path / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{path} has no config.json; give a directory of a tokenizer checkpoint")
+    try:
+        settings = json.loads(file.read_text())
+        kind = settings["model_type"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        raise ValueError(f"{file} is not the config of a model; it names no model_type") from None
+    if kind not in MODEL_TYPES or (kind == "emu3" and "vq_config" not in settings):
+        raise ValueError(
+            f"{path} is a checkpoint of {kind!r}, not of a tokenizer; known are "
+            f"{', '.join(MODEL_TYPES)} (the last with a vq_config)"
+        )
+    if kind == "emu3":
+        return "hf", settings["vq_config"], "vqmodel."
+    return MODEL_TYPES[kind], settings, ""
+
+
+def parse_config(path: pathlib.Path, settings: dict, layout: str) -> vq.VQConfig:
+    # A key that is absent means the format's default, and ours are the same.
+    fields = {ours: settings[k] for k, ours in FIELDS[layout].items() if k in settings}
+    config = vq.VQConfig(**fields)
+    fixed = dict(FIXED[layout])
+    if layout == "hf":
+        settings = {"hidden_size": 1024} | settings
+        fixed["hidden_size"] = attention_width(config)
+    for key, value in fixed.items():
+        if key in settings and settings[key] != value:
+            raise ValueError(f"{path}: {key} is {settings[key]}; only {value} is supported")
+    config.check()
+    return config
+
+
+def tensor_files(path: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Which file holds each tensor, sharded or not."""
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        return {k: path / v for k, v in json.loads(index.read_text())["weight_map"].items()}
+    files = {}
+    for file in sorted(path.glob("*.safetensors")):
+        with safetensors.safe_open(file, "np") as opened:
+            files |= dict.fromkeys(opened.keys(), file)
+    if not files:
+        raise ValueError(f"{path} has no .safetensors file; convert other formats first")
+    return files
+
+
+def read_tensors(files: dict[str, pathlib.Path], prefix: str) -> Iterator[tuple[str, np.ndarray]]:
+    for file in sorted(set(files.values())):
+        with safetensors.safe_open(file, "np") as opened:
+            for name in (name for name, home in files.items() if home == file):
+                yield name, opened.get_tensor(prefix + name)
+
+
+def rename(name: str, layout: str) -> str:
+    """Our dotted name to the layout's."""
+    module, leaf = name.rsplit(".", 1)
+    name = f"{module}.{LEAVES[leaf]}"
+    for pattern, replacement in TO_OFFICIAL + (OFFICIAL_TO_HF if layout == "hf" else ()):
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def to_torch(value: np.ndarray, name: str, theirs: str) -> np.ndarray:
+    """Our array as torch stores it: output channels first, 1x1 convolutions with their ones."""
+    if name.endswith(".count"):
+        return value.astype(np.int64)
+    if not name.endswith(".kernel"):
+        return value
+    value = np.moveaxis(value, (-1, -2), (0, 1))
+    if value.ndim == 2 and not LINEAR.search(theirs):
+        value = value[:, :, None, None]
+    return np.ascontiguousarray(value)
+
+
+def from_torch(value: np.ndarray, name: str) -> np.ndarray:
+    """The opposite of `to_torch`."""
+    if name.endswith(".count"):
+        return value.astype(np.int32)
+    if not name.endswith(".kernel"):
+        return value
+    if value.shape[2:] == (1, 1) and not name.endswith("conv.kernel"):
+        value = value[:, :, 0, 0]
+    return np.ascontiguousarray(np.moveaxis(value, (0, 1), (-1, -2)))

@@ -1,0 +1,152 @@
+"""Training the tokenizer on images: the task that the one trainer runs.
+
+Left to Emu3's own start, all codes in one tiny ball, a short run ends with a handful of codes in
+use. So the codebook is placed on encoder outputs early on, and codes that nobody uses are moved
+there again. Both only set parameters: the result is a plain Emu3 tokenizer.
+
+Legend: B batch, H height, W width, C colours, h w the latent grid, E code dim, K codes, N vectors
+of a batch, R rows of the buffer of recent vectors.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from tokenizer import pixels, quantize, vq
+
+JITTER = 0.02  # of the buffer's standard deviation: keeps codes apart that start on one vector
+
+
+@dataclasses.dataclass
+class TokenizerTask:
+    """Reconstruct images through the codes.
+
+    `variables` holds `stats` (batch norm), `buffer_RE` (recent encoder outputs, a ring), `seen`
+    (how many went in) and `hits_K` (how often a code is used per step, a moving average).
+    """
+
+    config: vq.VQConfig
+    l2_weight: float = 1.0
+    l1_weight: float = 0.0
+    commitment_weight: float = 1.0
+    codebook_weight: float = 0.25
+    buffer_rows: int = 32768
+    codebook_init_step: int = 16  # the codebook is placed after this many updates; -1: never
+    restart_every: int = 20  # updates between restarts
+    restart_until: int = 0  # no restart from this update on, so that codes settle
+    restart_below: float = 0.1  # of the uniform share of hits: fewer, and a code restarts
+    hits_decay: float = 0.97
+
+    def init(self, key: jax.Array) -> tuple[vq.Arrays, dict]:
+        """New parameters, and the variables that no gradient trains."""
+        params, stats = vq.init(self.config, key)
+        return params, self.variables(stats)
+
+    def variables(self, stats: vq.Arrays) -> dict:
+        """Fresh variables around given batch statistics, to go on from a loaded tokenizer."""
+        return {
+            "stats": stats,
+            "buffer_RE": jnp.zeros((self.buffer_rows, self.config.code_dim)),
+            "seen": jnp.zeros((), jnp.int32),
+            # Negative: no hits yet. The first batch says what a uniform share is.
+            "hits_K": jnp.full(self.config.codebook_size, -1.0),
+        }
+
+    def loss(self, params: vq.Arrays, variables: dict, batch: dict, key: jax.Array):
+        """Args: batch: {"image_BHWC"}, uint8 or floats in [-1, 1]. `key` is not used.
+
+        Returns:
+            (loss, (variables, metrics)); metrics are scalars over the batch, psnr in dB of the
+            clipped images, perplexity and usage (share of codes) of the batch's codes.
+        """
+        x_BHWC = batch["image_BHWC"]
+        if x_BHWC.dtype == jnp.uint8:
+            x_BHWC = pixels.to_float(x_BHWC)
+        model = vq.merge(self.config, params, variables["stats"])
+        z_BhwE = model.image_latents(x_BHWC, train=True)
+        codes_Bhw = jax.lax.stop_gradient(model.quantize.nearest(z_BhwE))
+        q_BhwE = model.quantize.lookup(codes_Bhw)
+        y_BHWC = model.image_pixels(quantize.straight_through(z_BhwE, q_BhwE), train=True)
+        commitment, codebook = quantize.losses(z_BhwE, q_BhwE)
+        l2 = jnp.square(y_BHWC - x_BHWC).mean()
+        l1 = jnp.abs(y_BHWC - x_BHWC).mean()
+        loss = self.l2_weight * l2 + self.l1_weight * l1
+        loss += self.commitment_weight * commitment + self.codebook_weight * codebook
+
+        hits_K = jnp.zeros(self.config.codebook_size).at[codes_Bhw.reshape(-1)].add(1.0)
+        variables = self.remember(variables, z_BhwE, hits_K) | {"stats": vq.split(model)[1]}
+        variables = jax.lax.stop_gradient(variables)
+        metrics = {
+            "loss": loss,
+            "l2": l2,
+            "l1": l1,
+            "commitment": commitment,
+            "psnr": psnr(x_BHWC, y_BHWC),
+            "usage": (hits_K > 0).mean(),
+            "perplexity": perplexity(hits_K),
+            "usage_recent": (variables["hits_K"] >= self.dead_below(variables["hits_K"])).mean(),
+            "perplexity_recent": perplexity(variables["hits_K"]),
+        }
+        return loss, (variables, metrics)
+
+    def after_update(
+        self, params: vq.Arrays, variables: dict, step: jax.Array, key: jax.Array
+    ) -> tuple[vq.Arrays, dict]:
+        """Places or restarts codes. `step` counts updates from 0; this is after update `step`."""
+        name = "quantize.embedding"
+        hits_K, codebook_KE = variables["hits_K"], params[name]
+        done = step + 1
+        place = done == self.codebook_init_step
+        restart = (done > self.codebook_init_step) & (done < self.restart_until)
+        restart &= done % self.restart_every == 0
+        move_K = place | (restart & (hits_K < self.dead_below(hits_K)))
+        # Computed at every step, used at few: a sample of K rows costs less than a branch's worth.
+        codebook_KE = jnp.where(move_K[:, None], self.sample(variables, key), codebook_KE)
+        hits_K = jnp.where(move_K, hits_K.sum() / len(hits_K), hits_K)
+        return params | {name: codebook_KE}, variables | {"hits_K": hits_K}
+
+    def remember(self, variables: dict, z_BhwE: jax.Array, hits_K: jax.Array) -> dict:
+        """Writes a batch's vectors into the ring and its code counts into the average."""
+        z_NE = z_BhwE.reshape(-1, z_BhwE.shape[-1])[: self.buffer_rows].astype(jnp.float32)
+        rows_N = (variables["seen"] + jnp.arange(len(z_NE))) % self.buffer_rows
+        # A code starts from its uniform share, or none would ever be found below a part of it.
+        share = hits_K.sum() / len(hits_K)
+        old_K = jnp.where(variables["hits_K"] < 0, share, variables["hits_K"])
+        return variables | {
+            "buffer_RE": variables["buffer_RE"].at[rows_N].set(z_NE),
+            # Kept small: beyond two rounds only the place in the ring matters.
+            "seen": jnp.where(
+                variables["seen"] < self.buffer_rows,
+                variables["seen"] + len(z_NE),
+                self.buffer_rows + (variables["seen"] + len(z_NE)) % self.buffer_rows,
+            ),
+            "hits_K": self.hits_decay * old_K + (1 - self.hits_decay) * hits_K,
+        }
+
+    def sample(self, variables: dict, key: jax.Array) -> jax.Array:
+        """codes_KE: K vectors from the filled part of the buffer, with a little noise."""
+        row_key, noise_key = jax.random.split(key)
+        filled = jnp.clip(variables["seen"], 1, self.buffer_rows)
+        shape = (self.config.codebook_size, self.config.code_dim)
+        # Evenly spaced rows from a random start: no row twice while there are enough of them.
+        spread_K = jnp.arange(shape[0]) * jnp.maximum(filled / shape[0], 1.0)
+        start = jax.random.uniform(row_key, maxval=filled)
+        rows_K = (spread_K + start).astype(jnp.int32) % filled
+        codes_KE = variables["buffer_RE"][rows_K]
+        return codes_KE + JITTER * codes_KE.std(0) * jax.random.normal(noise_key, shape)
+
+    def dead_below(self, hits_K: jax.Array) -> jax.Array:
+        return self.restart_below * hits_K.sum() / len(hits_K)
+
+
+def psnr(x_BHWC: jax.Array, y_BHWC: jax.Array) -> jax.Array:
+    """Mean over images of the peak signal-to-noise ratio in dB; pixels in [-1, 1], `y` clipped."""
+    error_BHWC = (jnp.clip(y_BHWC, -1, 1) - x_BHWC) / 2
+    return -10 * jnp.log10(jnp.square(error_BHWC).mean((1, 2, 3)) + 1e-10).mean()
+
+
+def perplexity(hits_K: jax.Array) -> jax.Array:
+    """exp of the entropy: how many codes, equally used, would be as spread out as these."""
+    share_K = hits_K / jnp.maximum(hits_K.sum(), 1e-9)
+    return jnp.exp(-(share_K * jnp.log(share_K + 1e-12)).sum())
