@@ -8,7 +8,6 @@ Hardware: any CPU. Time: see README. Expected result: runs/demo/report.html; fie
 changed as in --config.decoder.steps=2000, or --config.steps=2000 where the stage runs alone.
 """
 
-from configs.convert import Convert
 from data_pipelines.documents import Layout
 from data_pipelines.encode import Encode
 from data_pipelines.image_folder import ImageRows
@@ -17,16 +16,18 @@ from data_pipelines.openmoji import OpenMoji
 from data_pipelines.vocabulary import TrainVocab
 from demo.draw import Draw
 from demo.evaluate import Evaluate
+from demo.export import Export
 from demo.pipeline import STAGES, Demo
 from demo.report import Report
 from emu3_jax.generate import Sampling
 from emu3_jax.optim import AdamW
 from emu3_jax.train import Train
 from emu3_jax.transformer import Transformer
+from tokenizer.exchange import Convert
 from tokenizer.train import TokenizerTask
 from tokenizer.vq import VQConfig
 
-CODES, RANKS = 1024, 512
+CODES, RANKS = 2048, 512
 TEXT = RANKS + 3 + 205 + 3  # what stands before the visual codes: see emu3_jax/vocab.py
 
 
@@ -35,24 +36,36 @@ def build(run_dir: str, select: tuple[str, ...], tokenizer_steps: int, decoder_s
     images, store = f"{run_dir}/images", f"{run_dir}/store"
     vocab, drawn = f"{run_dir}/vocab.tiktoken", f"{run_dir}/drawn"
     tokenizer = VQConfig(
-        codebook_size=CODES, width=32, multipliers=(1, 2, 2), res_blocks=1, attention_levels=(2,),
-        norm_groups=32,
+        codebook_size=CODES, code_dim=8, latent_channels=8, width=32, multipliers=(1, 1, 2),
+        res_blocks=1, attention_levels=(2,),
     )  # fmt: skip
     decoder = Transformer(
         layers=6, width=192, heads=3, kv_heads=3, head_dim=64, ffn=512, vocab=TEXT + CODES,
         first_visual=TEXT, dropout=0.0, init_std=0.05, dtype="float32", remat="none", unroll=6,
+    )  # fmt: skip
+    data = Mixture(
+        components=(
+            Component(store, Layout("caption_first", caption_dropout=0.1)),
+            Component(store, Layout("caption_last")),
+        ),
+        vocab=vocab, codes=CODES, length=176,
     )  # fmt: skip
     return Demo(
         run_dir=run_dir,
         images=OpenMoji(directory=images, select=select),
         vocabulary=TrainVocab(images=images, path=vocab, size=RANKS),
         tokenizer=Train(
-            task=TokenizerTask(tokenizer, restart_until=tokenizer_steps * 4 // 5),
-            data=ImageRows(directory=images, list="tokenizer_train.jsonl"),
+            task=TokenizerTask(
+                tokenizer, average_codes=True, hits_decay=0.99,
+                restart_until=tokenizer_steps * 4 // 5,
+            ),
+            data=ImageRows(directory=images, list="tokenizer_train.jsonl", augment_flip=True),
             run_dir=f"{run_dir}/tokenizer",
             steps=tokenizer_steps,
-            batch=32,
-            optimizer=AdamW(rate=1e-3, warmup=30, b1=0.5, b2=0.99, weight_decay=0.0, clip=1.0),
+            log_every=100,
+            save_every=500,
+            batch=8,
+            optimizer=AdamW(rate=2e-3, warmup=30, b1=0.5, b2=0.99, weight_decay=0.0, clip=1.0),
         ),
         store=Encode(
             images=images, list="train.jsonl", tokenizer=f"{run_dir}/tokenizer", vocab=vocab,
@@ -61,13 +74,7 @@ def build(run_dir: str, select: tuple[str, ...], tokenizer_steps: int, decoder_s
         ),  # fmt: skip
         decoder=Train(
             task=decoder,
-            data=Mixture(
-                components=(
-                    Component(store, Layout("caption_first", caption_dropout=0.1)),
-                    Component(store, Layout("caption_last")),
-                ),
-                vocab=vocab, codes=CODES, length=176,
-            ),
+            data=data,
             run_dir=f"{run_dir}/decoder",
             steps=decoder_steps,
             batch=32,
@@ -81,9 +88,13 @@ def build(run_dir: str, select: tuple[str, ...], tokenizer_steps: int, decoder_s
             images=images, tokenizer=f"{run_dir}/tokenizer", drawn=drawn,
             path=f"{run_dir}/evaluation.json",
         ),
-        export=Convert(
-            source=run_dir, target=f"{run_dir}/hf", vocab=vocab, context=176,
-            min_pixels=32 * 32, max_pixels=32 * 32,
+        export=Export(
+            Convert(
+                source=run_dir, target=f"{run_dir}/hf", vocab=vocab, context=176,
+                min_pixels=32 * 32, max_pixels=32 * 32,
+            ),
+            decoder=f"{run_dir}/decoder",
+            data=data,
         ),
         report=Report(run_dir=run_dir, drawn=drawn),
     )  # fmt: skip
@@ -99,4 +110,4 @@ def stage_of(demo: Demo, stage: str):
 def get_config(stage: str = ""):
     """The fifteen-minute demo: animals, plants, food, faces, and people in their skin tones."""
     select = ("people", "animals", "plants", "food", "faces")
-    return stage_of(build("runs/demo", select, tokenizer_steps=1500, decoder_steps=900), stage)
+    return stage_of(build("runs/demo", select, tokenizer_steps=4000, decoder_steps=900), stage)

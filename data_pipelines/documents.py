@@ -65,13 +65,6 @@ class Layout:
             )
 
 
-def load_vocab(path: str, codes: int) -> vocabulary.Vocab:
-    """The vocabulary of a ranks file, or Emu3's own where path is "emu3"."""
-    if path == "emu3":
-        return vocabulary.Vocab.emu3()
-    return vocabulary.Vocab.load(path, codes=codes)
-
-
 def build(
     document: store.Document, layout: Layout, vocab: vocabulary.Vocab, drop_caption: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:

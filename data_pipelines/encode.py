@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import PIL.Image
 
-from data_pipelines import documents, image_folder, parts, store
+from data_pipelines import image_folder, parts, store
 from emu3_jax import metrics
 from emu3_jax import vocab as vocabulary
 from tokenizer import convert, pixels
@@ -67,7 +67,7 @@ class Encode:
     def run(self) -> None:
         """Writes the missing parts of this worker, or says that the store is complete."""
         vq = convert.load(self.tokenizer)
-        vocab = documents.load_vocab(self.vocab, self.codes)
+        vocab = vocabulary.Vocab.load(self.vocab, self.codes)
         encode(self, vq, convert.fingerprint(vq), vocab)
 
 

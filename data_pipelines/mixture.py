@@ -14,6 +14,7 @@ import grain
 import numpy as np
 
 from data_pipelines import documents, packing, shuffle, store
+from emu3_jax import vocab as vocabulary
 
 
 @dataclasses.dataclass
@@ -73,7 +74,7 @@ class PackedRows:
 
     def __init__(self, config: Mixture, cursor: packing.Cursor | None = None):
         self.config = config
-        self.vocab = documents.load_vocab(config.vocab, config.codes)
+        self.vocab = vocabulary.Vocab.load(config.vocab, config.codes)
         self.stores = _open_stores(config, self.vocab.fingerprint)
         sources = [self._source(i, c) for i, c in enumerate(config.components)]
         self.plan = packing.Plan(

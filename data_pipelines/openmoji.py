@@ -61,7 +61,7 @@ _GROUPS = {
                 (0x1F201, 0x1F251), (0x1F500, 0x1F50F), (0x1F518, 0x1F524), (0x1F530, 0x1F567),
                 (0x1F7E0, 0x1F7F0)),
 }  # fmt: skip
-GROUPS = ("people", *_GROUPS, "rest")
+GROUPS = ("people", "couples", *_GROUPS, "rest")
 
 
 @dataclasses.dataclass
@@ -69,7 +69,8 @@ class OpenMoji:
     """Job: draws the pictures and writes the lists into `directory`.
 
     `select` restricts train.jsonl to groups (see GROUPS) and families by name; () takes all.
-    "people" are the families that come in skin tones, hands included.
+    "people" are the families that come in one skin tone at a time, hands included; "couples"
+    those that come in two.
     """
 
     directory: str = "runs/openmoji/images"
@@ -118,21 +119,21 @@ class OpenMoji:
 def catalogue() -> list[dict]:
     """All pictures that the wheel has and `emoji` names, as in the lists, sorted by file."""
     drawn = {name[:-4] for name in os.listdir(_svg_directory()) if name.endswith(".svg")}
-    pictures, toned = [], set()
+    pictures, tones_of = [], collections.defaultdict(int)
     for character, entry in emoji.EMOJI_DATA.items():
         key = "-".join(f"{ord(c):04X}" for c in character)
         if key not in drawn:
             continue
         caption = entry["en"].strip(":").replace("_", " ")
         tones, family = _TONE.findall(caption), _TONE.sub("", caption)
-        toned |= {family} if tones else set()
+        tones_of[family] = max(tones_of[family], len(tones))
         pictures.append(
             {"file": f"{key}.png", "caption": caption, "group": _group(ord(character[0])),
              "family": family, "tone": " + ".join(tones)}
         )  # fmt: skip
     for picture in pictures:
-        if picture["family"] in toned:
-            picture["group"] = "people"
+        if tones_of[picture["family"]]:
+            picture["group"] = "people" if tones_of[picture["family"]] == 1 else "couples"
     return sorted(pictures, key=lambda p: p["file"])
 
 

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data_pipelines import documents, image_folder
-from emu3_jax import checkpoint, generate, mesh
+from data_pipelines import image_folder
+from emu3_jax import checkpoint, generate, mesh, vocab
 from tokenizer import convert, pixels
 
 
@@ -77,7 +77,7 @@ class Artist:
     def __init__(self, config: Draw):
         self._vq = convert.load(config.tokenizer)
         self._model, params, _, _ = checkpoint.restore_model(config.decoder)
-        self._vocab = documents.load_vocab(config.vocab, self._vq.config.codebook_size)
+        self._vocab = vocab.Vocab.load(config.vocab, self._vq.config.codebook_size)
         if self._vocab.size != self._model.vocab:
             raise ValueError(
                 f"{config.vocab} with {self._vocab.codes} codes gives {self._vocab.size} ids, "
@@ -102,24 +102,24 @@ class Artist:
 
     def draw(self, captions: list[str], grid: tuple[int, int]) -> np.ndarray:
         """Codes [B, h, w] of one image a caption, with guidance against the empty caption."""
-        vocab = self._vocab
-        block = vocab.image_block(np.zeros(grid, np.int32)).tolist()
-        head = block[: block.index(vocab.img) + 1]
-        prompts = [[vocab.bos, *vocab.encode(caption), *head] for caption in captions]
-        null = [vocab.bos, *head]
+        words = self._vocab
+        block = words.image_block(np.zeros(grid, np.int32)).tolist()
+        head = block[: block.index(words.img) + 1]
+        prompts = [[words.bos, *words.encode(caption), *head] for caption in captions]
+        null = [words.bos, *head]
         return self._filled(
             lambda rows: self._generators["image"].images(list(rows), null, *grid), prompts
         )
 
     def describe(self, codes_Bhw: np.ndarray) -> list[str]:
         """The likeliest caption of each image."""
-        vocab = self._vocab
-        prompts = [[vocab.bos, *vocab.image_block(c_hw).tolist()] for c_hw in codes_Bhw]
+        words = self._vocab
+        prompts = [[words.bos, *words.image_block(c_hw).tolist()] for c_hw in codes_Bhw]
         length = self._config.caption_length
         said = self._filled(
             lambda rows: self._generators["text"].text(list(rows), length), prompts
         )
-        return [vocab.decode(ids) for ids in said]
+        return [words.decode(ids) for ids in said]
 
     def _filled(self, function, rows):
         """function(rows), the rows filled up to the batch with the last: one program a task."""

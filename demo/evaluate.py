@@ -14,8 +14,8 @@ from data_pipelines import image_folder, openmoji
 from tokenizer import convert, pixels
 
 MEANING = {
-    "tokenizer_psnr_db": "reconstruction of images the tokenizer never saw: mean over images of the "
-    "peak signal-to-noise ratio of 8-bit pixels, in dB",
+    "tokenizer_psnr_db": "reconstruction of images the tokenizer never saw: mean over images of "
+    "the peak signal-to-noise ratio of 8-bit pixels, in dB",
     "codebook_usage": "share of the codebook that those images use",
     "text_to_image_top1_train": "drawn from training captions: the nearest of all real pictures, "
     "by pixels at 16x16, is the one asked for",

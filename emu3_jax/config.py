@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import importlib
+import inspect
 import os
 import runpy
 
@@ -21,12 +22,16 @@ def load(argv: list[str]):
     if len(paths) != 1:
         raise ValueError("want one --config=FILE, as in --config=configs/demo.py")
     path, _, argument = paths[0].partition(":")
-    if not os.path.exists(path):
+    if not os.path.isfile(path):
         raise ValueError(f"--config={path}: no such file")
     unknown = [arg for arg in argv if not arg.startswith(("--config=", "--config."))]
     if unknown:
         raise ValueError(f"{unknown[0]}: want --config=FILE and --config.FIELD=VALUE only")
-    get_config = runpy.run_path(path)["get_config"]
+    get_config = runpy.run_path(path).get("get_config")
+    if get_config is None:
+        raise ValueError(f"--config={path}: it defines no get_config(); see configs/demo.py")
+    if argument and not inspect.signature(get_config).parameters:
+        raise ValueError(f"--config={path}:{argument}: its get_config() takes no argument")
     default = get_config(argument) if argument else get_config()
     for arg in argv:
         if arg.startswith("--config."):
@@ -70,7 +75,7 @@ def to_json(config):
 
 
 def from_json(value):
-    """What `to_json` wrote; sequences come back as tuples. Raises ValueError for a foreign class."""
+    """What `to_json` wrote, sequences as tuples. Raises ValueError for a foreign class."""
     if isinstance(value, list):
         return tuple(from_json(v) for v in value)
     if not isinstance(value, dict):

@@ -104,7 +104,8 @@ class Generator:
             tokens_BT[row, longest - len(prompt) :] = prompt
             segments_BT[row, longest - len(prompt) :] = 1
         positions_BT = np.maximum(np.cumsum(segments_BT, axis=1) - 1, 0).astype(np.int32)
-        seeds_B = np.array([zlib.crc32(np.array(p, np.int64).tobytes()) for p in prompts], np.uint32)
+        seeds = [zlib.crc32(np.array(prompt, np.int64).tobytes()) for prompt in prompts]
+        seeds_B = np.array(seeds, np.uint32)
         prompt = [place(jnp.asarray(x), "BT") for x in (tokens_BT, segments_BT, positions_BT)]
         return np.asarray(self._decode(self._params, prompt, seeds_B, steps, legal))
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import grain
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import AxisType
@@ -95,12 +94,23 @@ class Train:
             for step, batch in zip(range(start, self.steps), batches, strict=True):
                 state, values = step_fn(state, batch, step)
                 done = step + 1
-                if done % self.log_every == 0 or done == self.steps or step == start:
-                    log.write(done, {key: float(value) for key, value in values.items()})
-                    if not np.isfinite(float(values["loss"])):
-                        raise FloatingPointError(f"step {done}: loss is {float(values['loss'])}")
-                if done % self.save_every == 0 or done == self.steps:
+                saves = done % self.save_every == 0 or done == self.steps
+                if saves or done % self.log_every == 0 or step == start:
+                    figures = {key: float(value) for key, value in values.items()}
+                    log.write(done, figures)
+                    _check_finite(done, figures)  # before saving: no run goes on from such a step
+                if saves:
                     saved.save(done, state, self)
+
+
+def _check_finite(step: int, figures: dict[str, float]) -> None:
+    """Raises FloatingPointError if the update of `step` was made of infinities or NaN."""
+    loss, norm = figures["loss"], figures["gradient_norm"]
+    if not (np.isfinite(loss) and np.isfinite(norm)):
+        raise FloatingPointError(
+            f"step {step}: loss is {loss}, gradient norm {norm}; the step was not saved; "
+            "lower the rate, or look for the row that causes it"
+        )
 
 
 def init(task: Task, optimizer: optax.GradientTransformation, seed: int) -> dict:
@@ -131,7 +141,7 @@ def train_step(task: Task, optimizer, seed: int, state: dict, batch: dict, step)
     updates, moments = optimizer.update(grads, state["optimizer"], state["params"])
     params = optax.apply_updates(state["params"], updates)
     params, variables = task.after_update(params, variables, step, update_key)
-    values = dict(loss=loss, **values, gradient_norm=optax.global_norm(grads))
+    values = dict(loss=loss, **values, gradient_norm=optax.tree.norm(grads))
     return dict(params=params, variables=variables, optimizer=moments), values
 
 

@@ -9,7 +9,7 @@ stands for: text and vision share the table, the layers and the head.
 """
 
 import dataclasses
-import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -106,7 +106,7 @@ class Transformer(Task):
         for name, kind_BT in dict(text=~visual_BT, vision=visual_BT).items():
             counted_BT = kind_BT & (weights_BT > 0)
             total = jnp.sum(jnp.where(counted_BT, nll_BT, 0))
-            metrics[f"loss_{name}"] = total / jnp.maximum(jnp.sum(counted_BT), 1)
+            metrics[f"loss_{name}"] = total / jnp.maximum(jnp.sum(counted_BT, dtype=jnp.float32), 1)
         return loss, (variables, metrics)
 
     def logits(self, params, tokens_BT, segments_BT, positions_BT) -> jax.Array:
@@ -125,51 +125,35 @@ class Transformer(Task):
         A cache (see `empty_cache`) holds earlier keys and values; the tokens are written behind
         them, at index `cache["length"]`, and attend to all of it that they may see.
         """
-        table_VD = place(params["embed"].astype(self.dtype), "..")
-        x_BTD = table_VD.at[tokens_BT].get(out_sharding=spec("BTD"))
-        training = key is not None and self.dropout > 0
+        if self.remat not in REMAT:
+            raise ValueError(f"remat {self.remat!r} is none of {', '.join(REMAT)}")
+        rate = 0.0 if key is None else self.dropout
         key = jax.random.key(0) if key is None else key
-        drop = functools.partial(_dropout, rate=self.dropout if training else 0.0)
-        x_BTD = drop(x_BTD, jax.random.fold_in(key, self.layers))
-        rope = _rope(positions_BT, self.head_dim, self.rope_theta)
-        seen = None
+        where, kv = Where(segments_BT, positions_BT), None
         if cache is not None:
-            seen = dict(
-                segments=_write(cache["segments"], segments_BT, cache["length"], "BS"),
-                positions=_write(cache["positions"], positions_BT, cache["length"], "BS"),
-            )
+            where, kv = where.behind(cache), cache["layers"]
+        rope = _rope(positions_BT, self.head_dim, self.rope_theta)
 
         def layer(x_BTD, inputs):
             p, index, kv = inputs
             p = jax.tree.map(lambda w: w.astype(self.dtype), p)
             keys = jax.random.split(jax.random.fold_in(key, index), 3)
             h_BTD = _rms_norm(x_BTD, p["attn"]["norm"], self.norm_eps)
-            q_BTNH = rope(einsum("BTD,DNH->BTNH", h_BTD, p["attn"]["q"]))
-            k_BSKH = rope(einsum("BTD,DKH->BTKH", h_BTD, p["attn"]["k"]))
-            v_BSKH = einsum("BTD,DKH->BTKH", h_BTD, p["attn"]["v"])
-            keys_of = (None, None)
-            if kv is not None:
-                k_BSKH = _write(kv["k"], k_BSKH, cache["length"], "BSKH")
-                v_BSKH = _write(kv["v"], v_BSKH, cache["length"], "BSKH")
-                kv = dict(k=k_BSKH, v=v_BSKH)
-                keys_of = (seen["segments"], seen["positions"])
-            o_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, segments_BT, positions_BT, *keys_of,
-                               dropout=self.dropout if training else 0.0, key=keys[0])
-            x_BTD += drop(einsum("BTNH,NHD->BTD", o_BTNH, p["attn"]["o"]), keys[1])
+            h_BTD, kv = _attend(p["attn"], h_BTD, rope, where, kv, rate, keys[0])
+            x_BTD += _dropout(h_BTD, keys[1], rate)
             h_BTD = _rms_norm(x_BTD, p["mlp"]["norm"], self.norm_eps)
-            h_BTF = jax.nn.silu(einsum("BTD,DF->BTF", h_BTD, p["mlp"]["gate"]))
-            h_BTF *= einsum("BTD,DF->BTF", h_BTD, p["mlp"]["up"])
-            x_BTD += drop(einsum("BTF,FD->BTD", h_BTF, p["mlp"]["down"]), keys[2])
+            x_BTD += _dropout(_mlp(p["mlp"], h_BTD), keys[2], rate)
             return x_BTD, kv
 
-        if self.remat not in REMAT:
-            raise ValueError(f"remat {self.remat!r} is none of {', '.join(REMAT)}")
+        table_VD = place(params["embed"].astype(self.dtype), "..")
+        x_BTD = table_VD.at[tokens_BT].get(out_sharding=spec("BTD"))
+        x_BTD = _dropout(x_BTD, jax.random.fold_in(key, self.layers), rate)
         layer = jax.checkpoint(layer, policy=REMAT[self.remat], prevent_cse=False)
-        kv = None if cache is None else cache["layers"]
         inputs = (params["layers"], jnp.arange(self.layers), kv)
         x_BTD, kv = jax.lax.scan(layer, x_BTD, inputs, unroll=self.unroll)
         if cache is not None:
-            cache = dict(layers=kv, length=cache["length"] + tokens_BT.shape[1], **seen)
+            cache = dict(layers=kv, length=cache["length"] + tokens_BT.shape[1],
+                         segments=where.segments_BS, positions=where.positions_BS)
         return _rms_norm(x_BTD, params["norm"], self.norm_eps), cache
 
     def empty_cache(self, batch: int, length: int) -> dict:
@@ -184,6 +168,46 @@ class Transformer(Task):
                     for name in ("k", "v")},
             length=jnp.int32(0), segments=where, positions=where,
         )
+
+
+class Where(NamedTuple):
+    """Segments and positions of the queries, and with a cache those of its keys, whose slots from
+    `index` on take the new keys."""
+
+    segments_BT: jax.Array
+    positions_BT: jax.Array
+    segments_BS: jax.Array | None = None
+    positions_BS: jax.Array | None = None
+    index: jax.Array | None = None
+
+    def behind(self, cache: dict) -> "Where":
+        """The same queries, written into a cache behind what it holds."""
+        index = cache["length"]
+        return self._replace(
+            segments_BS=_write(cache["segments"], self.segments_BT, index, "BS"),
+            positions_BS=_write(cache["positions"], self.positions_BT, index, "BS"),
+            index=index,
+        )
+
+
+def _attend(p, h_BTD, rope, where, kv, dropout, key):
+    """The attention branch of one layer, and its keys and values with the new ones (or None)."""
+    q_BTNH = rope(einsum("BTD,DNH->BTNH", h_BTD, p["q"]))
+    k_BSKH = rope(einsum("BTD,DKH->BTKH", h_BTD, p["k"]))
+    v_BSKH = einsum("BTD,DKH->BTKH", h_BTD, p["v"])
+    if kv is not None:
+        k_BSKH = _write(kv["k"], k_BSKH, where.index, "BSKH")
+        v_BSKH = _write(kv["v"], v_BSKH, where.index, "BSKH")
+        kv = dict(k=k_BSKH, v=v_BSKH)
+    o_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, *where[:4], dropout=dropout, key=key)
+    return einsum("BTNH,NHD->BTD", o_BTNH, p["o"]), kv
+
+
+def _mlp(p, h_BTD):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    gate_BTF = jax.nn.silu(einsum("BTD,DF->BTF", h_BTD, p["gate"]))
+    up_BTF = einsum("BTD,DF->BTF", h_BTD, p["up"])
+    return einsum("BTF,FD->BTD", gate_BTF * up_BTF, p["down"])
 
 
 def _rms_norm(x, scale, eps):

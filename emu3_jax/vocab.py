@@ -127,7 +127,12 @@ class Vocab:
     def load(
         cls, ranks_path: str | os.PathLike, codes: int = EMU3_CODES, sha256: str | None = None
     ) -> "Vocab":
-        """Reads a ranks file in tiktoken's text format; ValueError if it is not `sha256`'s."""
+        """Reads a ranks file in tiktoken's text format; ValueError if it is not `sha256`'s.
+
+        The path "emu3" stands for Emu3's own vocabulary, whatever `codes`.
+        """
+        if ranks_path == "emu3":
+            return cls.emu3()
         return cls(bpe.read(ranks_path, sha256), codes)
 
     @classmethod

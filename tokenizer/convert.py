@@ -20,7 +20,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from tokenizer import vq
+from emu3_jax import checkpoint
+from tokenizer import train, vq
 
 LAYOUTS = ("official", "hf")
 
@@ -87,12 +88,14 @@ LINEAR = re.compile(r"\.[qkv]_proj\.|\.out_proj\.")
 
 
 def load(path: str | pathlib.Path) -> vq.VQ:
-    """The tokenizer in a directory of either layout, in the dtypes of its files.
+    """The tokenizer in a directory of either layout or of a training run, in its own dtypes.
 
     Raises:
         ValueError: not a tokenizer checkpoint, or its files do not fit its config.json.
     """
     path = pathlib.Path(path)
+    if (path / "checkpoints").is_dir():
+        return load_run(path)
     layout, settings, prefix = read_config(path)
     config = parse_config(path, settings, layout)
     params, stats = vq.shapes(config)
@@ -117,6 +120,14 @@ def load(path: str | pathlib.Path) -> vq.VQ:
                 f"config.json; check that both come from the same model"
             )
     return vq.merge(config, {n: arrays[n] for n in params}, {n: arrays[n] for n in stats})
+
+
+def load_run(path: pathlib.Path) -> vq.VQ:
+    """The tokenizer of a run's newest checkpoint; ValueError if the run trained something else."""
+    task, params, variables, _ = checkpoint.restore_model(str(path))
+    if not isinstance(task, train.TokenizerTask):
+        raise ValueError(f"{path} is a run of {type(task).__name__}, not of a vision tokenizer")
+    return vq.merge(task.config, params, variables["stats"])
 
 
 def save(tokenizer: vq.VQ, path: str | pathlib.Path, layout: str = "official"):

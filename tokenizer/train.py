@@ -1,8 +1,8 @@
 """Training the tokenizer on images: the task that the one trainer runs.
 
-Left to Emu3's own start, all codes in one tiny ball, a short run ends with a handful of codes in
-use. So the codebook is placed on encoder outputs early on, and codes that nobody uses are moved
-there again. Both only set parameters: the result is a plain Emu3 tokenizer.
+Left where they start, most codes never meet a vector and never move. So the codebook is placed on
+encoder outputs early on, and codes that nobody uses are moved there again. Both only set
+parameters: the result is a plain Emu3 tokenizer.
 
 Legend: B batch, H height, W width, C colours, h w the latent grid, E code dim, K codes, N vectors
 of a batch, R rows of the buffer of recent vectors.
@@ -12,14 +12,16 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
+from emu3_jax.train import Task
 from tokenizer import pixels, quantize, vq
 
 JITTER = 0.02  # of the buffer's standard deviation: keeps codes apart that start on one vector
 
 
 @dataclasses.dataclass
-class TokenizerTask:
+class TokenizerTask(Task):
     """Reconstruct images through the codes.
 
     `variables` holds `stats` (batch norm), `buffer_RE` (recent encoder outputs, a ring), `seen`
@@ -37,6 +39,9 @@ class TokenizerTask:
     restart_until: int = 0  # no restart from this update on, so that codes settle
     restart_below: float = 0.1  # of the uniform share of hits: fewer, and a code restarts
     hits_decay: float = 0.97
+    average_codes: bool = False  # codes follow the mean of their vectors, not the gradient
+
+    axis_type = AxisType.Auto  # convolutions carry no letters: XLA lays them out over the batch
 
     def init(self, key: jax.Array) -> tuple[vq.Arrays, dict]:
         """New parameters, and the variables that no gradient trains."""
@@ -51,16 +56,17 @@ class TokenizerTask:
             "seen": jnp.zeros((), jnp.int32),
             # Negative: no hits yet. The first batch says what a uniform share is.
             "hits_K": jnp.full(self.config.codebook_size, -1.0),
+            "sums_KE": jnp.zeros((self.config.codebook_size, self.config.code_dim)),
         }
 
     def loss(self, params: vq.Arrays, variables: dict, batch: dict, key: jax.Array):
-        """Args: batch: {"image_BHWC"}, uint8 or floats in [-1, 1]. `key` is not used.
+        """Args: batch: {"image": x_BHWC}, uint8 or floats in [-1, 1]. `key` is not used.
 
         Returns:
             (loss, (variables, metrics)); metrics are scalars over the batch, psnr in dB of the
             clipped images, perplexity and usage (share of codes) of the batch's codes.
         """
-        x_BHWC = batch["image_BHWC"]
+        x_BHWC = batch["image"]
         if x_BHWC.dtype == jnp.uint8:
             x_BHWC = pixels.to_float(x_BHWC)
         model = vq.merge(self.config, params, variables["stats"])
@@ -72,13 +78,14 @@ class TokenizerTask:
         l2 = jnp.square(y_BHWC - x_BHWC).mean()
         l1 = jnp.abs(y_BHWC - x_BHWC).mean()
         loss = self.l2_weight * l2 + self.l1_weight * l1
-        loss += self.commitment_weight * commitment + self.codebook_weight * codebook
+        loss += self.commitment_weight * commitment
+        if not self.average_codes:
+            loss += self.codebook_weight * codebook
 
-        hits_K = jnp.zeros(self.config.codebook_size).at[codes_Bhw.reshape(-1)].add(1.0)
-        variables = self.remember(variables, z_BhwE, hits_K) | {"stats": vq.split(model)[1]}
+        variables, hits_K = self.remember(variables, z_BhwE, codes_Bhw)
+        variables |= {"stats": vq.split(model)[1]}
         variables = jax.lax.stop_gradient(variables)
         metrics = {
-            "loss": loss,
             "l2": l2,
             "l1": l1,
             "commitment": commitment,
@@ -101,18 +108,32 @@ class TokenizerTask:
         restart = (done > self.codebook_init_step) & (done < self.restart_until)
         restart &= done % self.restart_every == 0
         move_K = place | (restart & (hits_K < self.dead_below(hits_K)))
+        sums_KE = variables["sums_KE"]
+        if self.average_codes:
+            mean_KE = sums_KE / jnp.maximum(hits_K, 1e-6)[:, None]
+            codebook_KE = jnp.where(done > self.codebook_init_step, mean_KE, codebook_KE)
         # Computed at every step, used at few: a sample of K rows costs less than a branch's worth.
         codebook_KE = jnp.where(move_K[:, None], self.sample(variables, key), codebook_KE)
         hits_K = jnp.where(move_K, hits_K.sum() / len(hits_K), hits_K)
-        return params | {name: codebook_KE}, variables | {"hits_K": hits_K}
+        sums_KE = jnp.where(move_K[:, None], codebook_KE * hits_K[:, None], sums_KE)
+        return params | {name: codebook_KE}, variables | {"hits_K": hits_K, "sums_KE": sums_KE}
 
-    def remember(self, variables: dict, z_BhwE: jax.Array, hits_K: jax.Array) -> dict:
-        """Writes a batch's vectors into the ring and its code counts into the average."""
-        z_NE = z_BhwE.reshape(-1, z_BhwE.shape[-1])[: self.buffer_rows].astype(jnp.float32)
-        rows_N = (variables["seen"] + jnp.arange(len(z_NE))) % self.buffer_rows
+    def remember(
+        self, variables: dict, z_BhwE: jax.Array, codes_Bhw: jax.Array
+    ) -> tuple[dict, jax.Array]:
+        """Writes a batch's vectors into the ring and its code counts and sums into the averages.
+
+        Returns the variables and the batch's counts hits_K.
+        """
+        z_NE = z_BhwE.reshape(-1, z_BhwE.shape[-1]).astype(jnp.float32)
+        codes_N = codes_Bhw.reshape(-1)
+        hits_K = jnp.zeros(self.config.codebook_size).at[codes_N].add(1.0)
+        sums_KE = jnp.zeros_like(variables["sums_KE"]).at[codes_N].add(z_NE)
         # A code starts from its uniform share, or none would ever be found below a part of it.
-        share = hits_K.sum() / len(hits_K)
+        share, keep = hits_K.sum() / len(hits_K), self.hits_decay
         old_K = jnp.where(variables["hits_K"] < 0, share, variables["hits_K"])
+        z_NE = z_NE[: self.buffer_rows]
+        rows_N = (variables["seen"] + jnp.arange(len(z_NE))) % self.buffer_rows
         return variables | {
             "buffer_RE": variables["buffer_RE"].at[rows_N].set(z_NE),
             # Kept small: beyond two rounds only the place in the ring matters.
@@ -121,8 +142,9 @@ class TokenizerTask:
                 variables["seen"] + len(z_NE),
                 self.buffer_rows + (variables["seen"] + len(z_NE)) % self.buffer_rows,
             ),
-            "hits_K": self.hits_decay * old_K + (1 - self.hits_decay) * hits_K,
-        }
+            "hits_K": keep * old_K + (1 - keep) * hits_K,
+            "sums_KE": keep * variables["sums_KE"] + (1 - keep) * sums_KE,
+        }, hits_K
 
     def sample(self, variables: dict, key: jax.Array) -> jax.Array:
         """codes_KE: K vectors from the filled part of the buffer, with a little noise."""

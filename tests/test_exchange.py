@@ -11,10 +11,10 @@ import safetensors.numpy
 import torch
 import transformers
 
-from configs import convert as job
 from emu3_jax import convert, launch, mesh, release, vocab
 from emu3_jax.transformer import Transformer
 from tokenizer import convert as vision_convert
+from tokenizer import exchange as job
 
 CAPTIONS = ["a red apple on a table", "a green apple"] * 3
 

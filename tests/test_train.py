@@ -1,0 +1,219 @@
+"""The trainer on a tiny job: golden curve, exact resume, and what stops it."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from emu3_jax import checkpoint, config, mesh, metrics, optim, train
+from tests import toy
+
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "decoder.txt"
+STEPS, SAVE_EVERY, INTERRUPTED = 20, 5, 13
+
+
+def job(run_dir, **fields) -> train.Train:
+    """Twenty steps of the tiny decoder with dropout over eight devices."""
+    default = dict(
+        task=toy.model(dropout=0.1),
+        data=toy.Counting(),
+        run_dir=str(run_dir),
+        steps=STEPS,
+        batch=8,
+        optimizer=optim.AdamW(rate=0.02, warmup=4),
+        seed=3,
+        log_every=1,
+        save_every=SAVE_EVERY,
+    )
+    return train.Train(**default | fields)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> pathlib.Path:
+    """A run that nothing interrupted."""
+    run_dir = tmp_path_factory.mktemp("finished")
+    job(run_dir).run()
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory) -> pathlib.Path:
+    """The same run, interrupted at step 13 while a line of metrics was being written."""
+    run_dir = tmp_path_factory.mktemp("interrupted")
+    write = metrics.Metrics.write
+
+    def interrupt(log, step, values):
+        write(log, step, values)
+        if step == INTERRUPTED:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(metrics.Metrics, "write", interrupt)
+        job(run_dir).run()
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 14, "lo')
+    return run_dir
+
+
+def resumed(interrupted: pathlib.Path, run_dir: pathlib.Path, **fields) -> pathlib.Path:
+    """Continues a copy as another process would: from what is on the disk."""
+    shutil.copytree(interrupted, run_dir)
+    again = config.from_json(json.loads((run_dir / "config.json").read_text()))
+    dataclasses.replace(again, run_dir=str(run_dir), **fields).run()
+    return run_dir
+
+
+def figures(run_dir) -> list[dict[str, float]]:
+    """What metrics.jsonl says, without the times."""
+    times = ("seconds_per_step", "tokens_per_second")
+    return [{k: v for k, v in r.items() if k not in times} for r in metrics.read(run_dir)]
+
+
+def test_loss_curve_is_the_golden_one(finished):
+    curve = "".join(f"{r['step']} {r['loss']:.6f}\n" for r in metrics.read(finished))
+    if os.environ.get("UPDATE_GOLDEN"):
+        GOLDEN.write_text(curve)
+    got, want = (np.array([line.split() for line in text.splitlines()], float)
+                 for text in (curve, GOLDEN.read_text()))  # fmt: skip
+    np.testing.assert_allclose(got, want, rtol=1e-4, err_msg=(
+        "The loss of the tiny decoder changed. That is right only if a commit changes the "
+        "computation on purpose (model, optimizer, data order, random numbers) and says so; then "
+        "run the test once with UPDATE_GOLDEN=1 and commit the new curve with it."
+    ))  # fmt: skip
+    assert want[-1, 1] < want[0, 1] - 0.5  # it learns
+
+
+def test_resume_is_exact(finished, interrupted, tmp_path, capsys):
+    """Every figure and every bit of the weights, as if nothing had happened."""
+    assert [r["step"] for r in metrics.read(interrupted)] == list(range(1, INTERRUPTED + 1))
+    run_dir = resumed(interrupted, tmp_path / "run")
+    assert f"{run_dir}: goes on at step 10\n" in capsys.readouterr().out
+    assert figures(run_dir) == figures(finished)
+    assert len(figures(run_dir)) == STEPS and "gradient_norm" in figures(run_dir)[0]
+    # what was written beyond the checkpoint is cut, not repeated, and the half line is gone
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, STEPS + 1))
+    for got, want in zip(*(jax.tree.leaves(checkpoint.restore_model(str(path))[1])
+                           for path in (run_dir, finished)), strict=True):  # fmt: skip
+        np.testing.assert_array_equal(got, want)
+
+
+def test_resume_on_another_mesh(finished, interrupted, tmp_path):
+    other = mesh.Mesh(data=2, fsdp=1, context=2, tensor=2)
+    run_dir = resumed(interrupted, tmp_path / "run", mesh=other)
+    losses, want = ([r["loss"] for r in metrics.read(path)] for path in (run_dir, finished))
+    np.testing.assert_allclose(losses, want, rtol=1e-5)
+    for got, one in zip(*(jax.tree.leaves(checkpoint.restore_model(str(path))[1])
+                          for path in (run_dir, finished)), strict=True):  # fmt: skip
+        np.testing.assert_allclose(got, one, rtol=0, atol=1e-5 * np.abs(one).max())
+
+
+def test_a_completed_run_says_so(finished, capsys):
+    before = (finished / "metrics.jsonl").read_text()
+    job(finished).run()
+    assert capsys.readouterr().out == f"{finished}: trained (20 steps)\n"
+    assert (finished / "metrics.jsonl").read_text() == before
+
+
+def test_what_a_run_leaves(finished, interrupted):
+    """Its configuration, the newest checkpoints and no others, and what made them."""
+    kept = sorted(int(path.name) for path in (finished / "checkpoints").iterdir())
+    assert kept == [15, 20]
+    assert sorted(int(p.name) for p in (interrupted / "checkpoints").iterdir()) == [5, 10]
+    asked = config.to_json(job(finished))
+    assert json.loads((finished / "config.json").read_text()) == asked
+    about = json.loads((finished / "checkpoints/20/about/metadata").read_text())
+    assert about["step"] == 20 and about["data"] == {"step": 20} and about["config"] == asked
+    assert about["packages"]["jax"] == jax.__version__
+    assert list(finished.glob("events.out.tfevents.*"))
+
+
+def test_restore_model(finished):
+    task, params, variables, step = checkpoint.restore_model(str(finished))
+    assert task == toy.model(dropout=0.1) and step == 20 and variables == {}
+    declared = jax.tree.map(lambda p: p.shape, task.params())
+    assert jax.tree.map(np.shape, params) == declared
+    assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(params))
+    _, earlier, _, step = checkpoint.restore_model(str(finished), 15)
+    assert step == 15
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), params, earlier)
+    assert min(jax.tree.leaves(moved)) > 0
+    with pytest.raises(ValueError) as error:
+        checkpoint.restore_model(str(finished), 10)
+    assert str(error.value) == f"{finished}: no complete checkpoint (asked for step 10)"
+    with pytest.raises(ValueError) as error:
+        checkpoint.restore_model(str(finished / "nowhere"))
+    assert str(error.value) == (
+        f"{finished / 'nowhere'}: no checkpoints/ there; train the model first"
+    )
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_unsaved(tmp_path, capsys):
+    """Also at a step that is saved but not logged."""
+    poisoned = toy.Counting(poison=8 * 3 + 2)
+    with pytest.raises(FloatingPointError) as error:
+        job(tmp_path, data=poisoned, log_every=100, save_every=2).run()
+    assert str(error.value) == (
+        "step 4: loss is nan, gradient norm nan; the step was not saved; lower the rate, or look "
+        "for the row that causes it"
+    )
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
+    assert "step 4/20  loss nan" in capsys.readouterr().out
+
+
+def test_a_batch_that_does_not_split(tmp_path):
+    with pytest.raises(ValueError) as error:
+        job(tmp_path, batch=12).run()
+    assert str(error.value) == (
+        "batch 12 does not split over data*fsdp = 8; take a multiple of 8"
+    )
+
+
+def test_step_s_takes_rows_s_times_batch():
+    """From any start, laid out over the mesh."""
+    rows = toy.Counting().rows()
+    device_mesh = mesh.Mesh(data=2, fsdp=2, context=2).make()
+    with jax.set_mesh(device_mesh):
+        batches = list(train.batches_from(rows, 4, 3, 6, device_mesh))
+    assert len(batches) == 3
+    for step, batch in enumerate(batches, start=3):
+        want = toy.stack([rows[step * 4 + i] for i in range(4)])
+        assert batch.keys() == want.keys()
+        for name, array in batch.items():
+            assert array.sharding.shard_shape(array.shape) == (1, 8)
+            assert array.dtype == want[name].dtype
+            np.testing.assert_array_equal(array, want[name], err_msg=name)
+
+
+def test_the_learning_rate_rises_and_falls():
+    schedule = optim.AdamW(rate=0.5, warmup=10, final=0.1).schedule(110)
+    rates = [float(schedule(step)) for step in (0, 5, 10, 60, 110)]
+    np.testing.assert_allclose(rates, [0, 0.25, 0.5, 0.5 * (0.1 + 0.9 / 2), 0.05], rtol=1e-6)
+    assert float(optim.AdamW(rate=0.5, warmup=100).schedule(1)(0)) == 0.5
+
+
+def test_norms_do_not_decay_and_gradients_are_clipped():
+    """With zero gradients only decay moves weights; a gradient is cut to the norm `clip`."""
+    weights = dict(matrix=np.full((2, 2), 2, np.float32), norm=np.full(2, 2, np.float32))
+    adamw = optim.AdamW(rate=0.5, warmup=0, weight_decay=0.1, clip=1.0, eps=1.0, b1=0.0)
+    optimizer = adamw.make(10, dict(matrix=True, norm=False))
+    state = optimizer.init(weights)
+    updates, _ = optimizer.update(jax.tree.map(np.zeros_like, weights), state, weights)
+    np.testing.assert_allclose(updates["matrix"], -0.5 * 0.1 * 2, rtol=1e-6)
+    np.testing.assert_array_equal(updates["norm"], 0)
+    large, larger = (dict(matrix=np.full((2, 2), g, np.float32), norm=np.zeros(2, np.float32))
+                     for g in (1e3, 1e6))  # fmt: skip
+    got, same = (optimizer.update(grads, state, weights)[0] for grads in (large, larger))
+    # clipped to 0.5 each; Adam's first step is then g / (|g| + eps)
+    np.testing.assert_allclose(got["matrix"], -0.5 * (0.5 / 1.5 + 0.2), rtol=1e-5)
+    np.testing.assert_allclose(got["matrix"], same["matrix"], rtol=1e-5)
+
+
+def test_time_left():
+    assert [metrics.time_left(seconds) for seconds in (0, 59.6, 61, 3600, 36_061)] == [
+        "0:00", "1:00", "1:01", "1:00:00", "10:01:01"]  # fmt: skip
