@@ -252,7 +252,7 @@ def test_codes_are_placed_on_data_and_restart(trained):
     assert history[8]["commitment"] < 0.3 * history[7]["commitment"]
     assert history[-1]["perplexity"] > 4
     assert 1 <= history[-1]["perplexity_recent"] <= 16
-    assert int(variables["seen"]) > 2048  # the ring went round
+    assert int(variables["seen"]) >= 2048  # the ring is full and goes round
 
 
 def test_training_is_deterministic(trained):

@@ -165,8 +165,8 @@ class Codebook(nnx.Module):
     """The code vectors."""
 
     def __init__(self, config: VQConfig, normal: blocks.Normal):
-        # Emu3's published start is uniform in +-1/codebook_size: one ball, so small that the decoder's
-        # norms amplify it a thousandfold. Its weights, or training (train.py), replace either.
+        # Emu3's own start is uniform in +-1/codebook_size: so small a ball that the decoder's norms
+        # amplify it a thousandfold. Loaded weights replace either, and so does training (train.py).
         self.embedding = nnx.Param(normal((config.codebook_size, config.code_dim)))
 
     def nearest(self, z_E: jax.Array) -> jax.Array:
