@@ -28,13 +28,15 @@ from tokenizer.train import TokenizerTask
 from tokenizer.vq import VQConfig
 
 CODES, RANKS = 2048, 512
-# Pictures without a caption in front are not worth learning by heart in a quarter of an hour.
+# Pictures without a caption in front are not worth learning by heart by a model of this size.
 CAPTION_ONLY = Weights(text=1.0, meta=0.0, codes=0.0, breaks=0.0)
 TEXT = RANKS + 3 + 205 + 3  # what stands before the visual codes: see emu3_jax/vocab.py
 
 
-def build(run_dir: str, select: tuple[str, ...], tokenizer_steps: int, decoder_steps: int) -> Demo:
-    """The stages in one run directory; `select` are the groups that the decoder learns."""
+def build(
+    run_dir: str, select: tuple[str, ...], people: int, tokenizer_steps: int, decoder_steps: int
+) -> Demo:
+    """The stages in one run directory; `select` and `people` say what the decoder learns."""
     images, store = f"{run_dir}/images", f"{run_dir}/store"
     vocab, drawn = f"{run_dir}/vocab.tiktoken", f"{run_dir}/drawn"
     tokenizer = VQConfig(
@@ -47,14 +49,14 @@ def build(run_dir: str, select: tuple[str, ...], tokenizer_steps: int, decoder_s
     )  # fmt: skip
     data = Mixture(
         components=(
-            Component(store, Layout("caption_first", caption_dropout=0.1), weight=0.75),
-            Component(store, Layout("caption_last", weights=CAPTION_ONLY), weight=0.25),
+            Component(store, Layout("caption_first", caption_dropout=0.1), weight=0.7),
+            Component(store, Layout("caption_last", weights=CAPTION_ONLY), weight=0.3),
         ),
         vocab=vocab, codes=CODES, length=176,
     )  # fmt: skip
     return Demo(
         run_dir=run_dir,
-        images=OpenMoji(directory=images, select=select),
+        images=OpenMoji(directory=images, select=select, people=people),
         vocabulary=TrainVocab(images=images, path=vocab, size=RANKS),
         tokenizer=Train(
             task=TokenizerTask(
@@ -79,8 +81,9 @@ def build(run_dir: str, select: tuple[str, ...], tokenizer_steps: int, decoder_s
             data=data,
             run_dir=f"{run_dir}/decoder",
             steps=decoder_steps,
-            batch=32,
-            optimizer=AdamW(rate=2e-3, warmup=50, weight_decay=0.1, clip=1.0),
+            batch=16,
+            save_every=100,
+            optimizer=AdamW(rate=2e-3, warmup=60, weight_decay=0.1, clip=1.0),
         ),
         draw=Draw(
             images=images, tokenizer=f"{run_dir}/tokenizer", decoder=f"{run_dir}/decoder",
@@ -110,6 +113,6 @@ def stage_of(demo: Demo, stage: str):
 
 
 def get_config(stage: str = ""):
-    """The fifteen-minute demo: animals, plants, food, faces, and people in their skin tones."""
+    """The fifteen-minute demo: animals, plants, food, faces, and 140 people in their skin tones."""
     select = ("people", "animals", "plants", "food", "faces")
-    return stage_of(build("runs/demo", select, tokenizer_steps=4000, decoder_steps=450), stage)
+    return stage_of(build("runs/demo", select, 140, tokenizer_steps=2400, decoder_steps=740), stage)

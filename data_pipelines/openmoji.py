@@ -70,12 +70,14 @@ class OpenMoji:
 
     `select` restricts train.jsonl to groups (see GROUPS) and families by name; () takes all.
     "people" are the families that come in one skin tone at a time, hands included; "couples"
-    those that come in two.
+    those that come in two. `people` is the largest number of people's families in train.jsonl
+    (0: all), those with the lowest sha256(family), which the held-out tones are taken from too.
     """
 
     directory: str = "runs/openmoji/images"
     size: int = 32
     select: tuple[str, ...] = ()
+    people: int = 0
     tokenizer_heldout: int = 400
     skin_tone_heldout: int = 100
     processes: int = 2
@@ -93,7 +95,7 @@ class OpenMoji:
             print(f"{path}: complete ({len(_read_list(path / 'captions.jsonl'))} pictures)")
             return
         pictures = catalogue()
-        selected = _select(pictures, self.select)
+        selected = _fewer(_select(pictures, self.select), self.people)
         path.mkdir(parents=True, exist_ok=True)
         digests = _draw([p["file"] for p in pictures], path, self.size, self.processes)
         for name, members in self._lists(pictures, digests, selected).items():
@@ -156,6 +158,17 @@ def _select(pictures: list[dict], select: tuple[str, ...]) -> list[dict]:
                 f"select names {name!r}, which is no group or family of OpenMoji; {hint}"
             )
     return [p for p in pictures if p["group"] in select or p["family"] in select]
+
+
+def _fewer(pictures: list[dict], people: int) -> list[dict]:
+    """All but the families of people beyond the first `people`, five-toned ones first."""
+    tones = collections.defaultdict(set)
+    for picture in pictures:
+        if picture["group"] == "people":
+            tones[picture["family"]].add(picture["tone"])
+    order = sorted(tones, key=lambda name: (not set(TONES) <= tones[name], _stable(name)))
+    left_out = set(order[people:]) if people else set()
+    return [p for p in pictures if p["family"] not in left_out]
 
 
 def _hold_out_subjects(pictures: list[dict], digests: dict[str, str], count: int) -> set[str]:

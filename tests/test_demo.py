@@ -15,7 +15,7 @@ from emu3_jax import launch
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A demo with a few steps a stage, run through."""
-    job = demo.build(str(tmp_path_factory.mktemp("demo")), ("food",), 12, 6)
+    job = demo.build(str(tmp_path_factory.mktemp("demo")), ("food",), 0, 12, 6)
     job.tokenizer.save_every = 6
     job.decoder.task.layers = job.decoder.task.unroll = 2
     job.decoder.task.width, job.decoder.task.ffn, job.decoder.batch = 64, 96, 8
