@@ -52,6 +52,11 @@ class Checkpoints:
             ),
         )
 
+    def config(self, step: int) -> dict:
+        """The configuration saved at `step`, as JSON values."""
+        about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
+        return about["about"]["config"]
+
     def restore(self, step: int, abstract_state):
         """The state saved at `step`, laid out like `abstract_state` (on any mesh)."""
         restored = self._manager.restore(

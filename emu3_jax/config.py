@@ -74,6 +74,15 @@ def to_json(config):
     return config
 
 
+def differences(old, new, name: str = "") -> list[str]:
+    """Where two configurations as JSON values differ: "a.b = old, now new" each."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(key for key in new if key not in old)]
+        parts = ((f"{name}.{key}" if name else key, key) for key in keys)
+        return [d for part, key in parts for d in differences(old.get(key), new.get(key), part)]
+    return [] if old == new else [f"{name} = {old}, now {new}"]
+
+
 def from_json(value):
     """What `to_json` wrote, sequences as tuples. Raises ValueError for a foreign class."""
     if isinstance(value, list):

@@ -2,7 +2,7 @@
 
 A config file returns a job, a dataclass with `run()`. Training the tokenizer, encoding, training
 the decoder, generating, converting: each is a job, started the same way on a laptop or a pod.
-What a user can cause ends with one line and exit code 2.
+What a user can cause ends with one line and exit code 2, divergence with 78.
 """
 
 import os
@@ -27,6 +27,9 @@ def main(argv: list[str]) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"diverged: {error}", file=sys.stderr)
+        return 78
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

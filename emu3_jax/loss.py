@@ -4,7 +4,6 @@ B batch  T position  D width  V vocab  C devices along `context`  I chunk  M pos
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +17,15 @@ def cross_entropy(
     """-log p(target) of every position -> float32 nll_BT.
 
     Only [B, chunk, V] logits exist at a time, in the backward pass too (they are recomputed): at
-    Emu3's 184,622 ids a row of 8,192 would otherwise take 6 GB. `chunk` is cut to a divisor of
-    the positions one device holds. The vocabulary may be sharded, so the target's logit is picked
-    by comparison, not by a gather.
+    Emu3's 184,622 ids a row of 8,192 would otherwise take 6 GB. `chunk` is cut to the largest
+    divisor of the positions one device holds. The vocabulary may be sharded, so the target's logit
+    is picked by comparison, not by a gather. Raises ValueError if rows do not split over `context`.
     """
     B, T, _ = x_BTD.shape
     (C,) = shards("T")
-    M = math.gcd(T // C, min(chunk, T // C)) if T % C == 0 else T
+    if T % C:
+        raise ValueError(f"rows of {T} positions do not split over context = {C}")
+    M = next(size for size in range(min(chunk, T // C), 0, -1) if T // C % size == 0)
     head_DV = place(head_DV, ".V")
 
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)

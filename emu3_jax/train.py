@@ -42,6 +42,9 @@ class Task:
 class Train:
     """Trains `task` on `data` for `steps` batches of `batch` rows; goes on where it stopped.
 
+    `initial`, a run directory (as configs/convert.py makes of a published model, too), gives the
+    weights and variables to start from instead of random ones.
+
     `data.rows()` is a Grain MapDataset of rows without end, each a pure function of its index;
     step s takes rows s*batch ... s*batch + batch - 1, so the step is all the data state there is.
     """
@@ -49,6 +52,7 @@ class Train:
     task: Any
     data: Any
     run_dir: str = "runs/train"
+    initial: str = ""
     steps: int = 1000
     batch: int = 32
     optimizer: optim.AdamW = dataclasses.field(default_factory=optim.AdamW)
@@ -69,13 +73,27 @@ class Train:
             optimizer = self.optimizer.make(self.steps, self.task.decays())
             make = jax.jit(functools.partial(init, self.task, optimizer))
             if start:
+                self._check_same_run(saved.config(start))
                 abstract = abstract_state(make, self.seed, device_mesh)
                 state = saved.restore(start, abstract)
                 print(f"{self.run_dir}: goes on at step {start}")
             else:
                 state = make(self.seed)
+                if self.initial:
+                    state |= initial_weights(self.initial, state)
                 self._write_config(state)
             self._loop(start, state, optimizer, device_mesh, saved)
+
+    def _check_same_run(self, saved: dict) -> None:
+        """Raises ValueError if the checkpoint is of another task; tells of what else changed."""
+        mine = config.to_json(self)
+        if changes := config.differences(saved["task"], mine["task"]):
+            raise ValueError(
+                f"{self.run_dir} was trained with task {changes[0]}; "
+                "take another run_dir, or the task as it was"
+            )
+        for change in config.differences(saved, mine):
+            print(f"{self.run_dir}: changed since the checkpoint: {change}")
 
     def _write_config(self, state) -> None:
         run_dir = pathlib.Path(self.run_dir)
@@ -117,6 +135,22 @@ def init(task: Task, optimizer: optax.GradientTransformation, seed: int) -> dict
     """The state before the first step: params, variables and the optimizer's arrays."""
     params, variables = task.init(jax.random.key(seed))
     return dict(params=params, variables=variables, optimizer=optimizer.init(params))
+
+
+def initial_weights(run_dir: str, state: dict) -> dict:
+    """Weights and variables of another run, laid out like those of `state`.
+
+    Raises ValueError if they are not the same arrays.
+    """
+    _, params, variables, _ = checkpoint.restore_model(run_dir)
+    found, wanted = dict(params=params, variables=variables), dict(state)
+    del wanted["optimizer"]
+    shapes = [jax.tree.map(lambda x: tuple(x.shape), tree) for tree in (found, wanted)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"initial={run_dir} holds a model of other sizes; make the task fit it")
+    return jax.tree.map(
+        lambda new, old: jax.device_put(new.astype(old.dtype), old.sharding), found, wanted
+    )
 
 
 def abstract_state(make, seed, device_mesh):

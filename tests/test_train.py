@@ -153,6 +153,31 @@ def test_restore_model(finished):
     )
 
 
+def test_another_task_in_the_same_run_is_refused_and_other_changes_are_told(
+    interrupted, tmp_path, capsys
+):
+    run_dir = shutil.copytree(interrupted, tmp_path / "run")
+    with pytest.raises(ValueError) as error:
+        job(run_dir, task=toy.model(dropout=0.1, ffn=32)).run()
+    assert str(error.value) == (
+        f"{run_dir} was trained with task ffn = 24, now 32; "
+        "take another run_dir, or the task as it was"
+    )
+    job(run_dir, seed=4, steps=11).run()
+    assert f"{run_dir}: changed since the checkpoint: seed = 3, now 4" in capsys.readouterr().out
+
+
+def test_initial_weights_of_another_run(finished, tmp_path):
+    """A step of rate 0 leaves them as they came, on any mesh."""
+    still = dict(steps=1, optimizer=optim.AdamW(rate=0.0), mesh=mesh.Mesh(data=8, fsdp=1))
+    job(tmp_path / "new", initial=str(finished), **still).run()
+    _, theirs, _, _ = checkpoint.restore_model(str(finished))
+    _, ours, _, _ = checkpoint.restore_model(str(tmp_path / "new"))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    with pytest.raises(ValueError, match="holds a model of other sizes; make the task fit it"):
+        job(tmp_path / "odd", initial=str(finished), task=toy.model(ffn=32)).run()
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_unsaved(tmp_path, capsys):
     """Also at a step that is saved but not logged."""
     poisoned = toy.Counting(poison=8 * 3 + 2)
