@@ -1,4 +1,7 @@
-"""RUN/report.html: one self-contained page with the demo's figures, pictures and curves."""
+"""RUN/report.html: one self-contained page with the demo's figures, pictures and curves.
+
+H rows and W columns of pixels, C colours
+"""
 
 import base64
 import dataclasses
@@ -39,7 +42,7 @@ tr:nth-child(even) { background: #f6f6f6; } .hit { color: #17732b; } .miss { col
 
 @dataclasses.dataclass
 class Report:
-    """Job: writes `run_dir`/report.html from what the other stages left there."""
+    """Job: writes `run_dir`/report.html, and sheet.png, from what the other stages left there."""
 
     run_dir: str
     drawn: str
@@ -70,6 +73,9 @@ class Report:
                f"</style>{''.join(parts)}"  # fmt: skip
         path = run_dir / "report.html"
         path.write_text(page)
+        sheets = [evaluate.Drawn(self.drawn, f"{name}.jsonl") for name in
+                  ("heldout_skin_tone", "train")]  # fmt: skip
+        PIL.Image.fromarray(_sheet(sheets, columns=12)).save(run_dir / "sheet.png")
         print(f"{path}: written")
 
 
@@ -97,6 +103,18 @@ def _cards(drawn: evaluate.Drawn, count: int) -> str:
             f"<div class=said>says: {html.escape(entry['said'])}</div></div>"
         )
     return f"<div class=cards>{''.join(cards)}</div>"
+
+
+def _sheet(lists: list[evaluate.Drawn], columns: int, scale: int = 2) -> np.ndarray:
+    """Rows of real pictures over drawn ones, two pairs of rows a list -> uint8 sheet_HWC."""
+    rows = []
+    for drawn in lists:
+        for start in (0, columns):
+            for kind in ("real", "drawn"):
+                shown = drawn.pixels[kind][start : start + columns]
+                blank = np.full((columns - len(shown), *shown.shape[1:]), 255, np.uint8)
+                rows.append(np.concatenate([*shown, *blank], axis=1))
+    return np.concatenate(rows).repeat(scale, axis=0).repeat(scale, axis=1)
 
 
 def _curves(run_dir: str, stage: str, names: tuple[str, ...], unit: str) -> str:

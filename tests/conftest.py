@@ -1,4 +1,4 @@
-"""Eight CPU devices, float32 matrix products at full precision, and no silent promotion."""
+"""Eight CPU devices, and float32 matrix products at full precision."""
 
 import os
 
