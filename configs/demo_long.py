@@ -10,5 +10,5 @@ from configs import demo
 
 def get_config(stage: str = ""):
     """The same stages, trained longer on everything."""
-    job = demo.build("runs/demo_long", (), tokenizer_steps=8000, decoder_steps=6000)
+    job = demo.build("runs/demo_long", (), 0, tokenizer_steps=20000, decoder_steps=8000)
     return demo.stage_of(job, stage)

@@ -11,7 +11,7 @@ from emu3_jax import vocab
 class TrainVocab:
     """Job: a byte-level BPE of `size` ranks from the captions of `list`, written to `path`.
 
-    Where nothing is left to merge it has fewer ranks.
+    Raises ValueError where nothing is left to merge before that.
     """
 
     images: str
@@ -26,5 +26,10 @@ class TrainVocab:
             return
         entries = image_folder.read_list(pathlib.Path(self.images) / self.list)
         ranks = vocab.train_bpe([entry["caption"] for entry in entries], self.size)
+        if len(ranks) < self.size:
+            raise ValueError(
+                f"{len(entries)} captions of {self.list} give {len(ranks)} ranks, not {self.size}; "
+                "set size to that, and the decoder's vocabulary with it"
+            )
         vocab.save_ranks(ranks, self.path)
         print(f"{self.path}: {len(ranks)} ranks from {len(entries)} captions")

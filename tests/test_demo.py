@@ -1,5 +1,6 @@
 """The demo in small: every stage, a second start, and what PyTorch makes of the export."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -20,8 +21,8 @@ def finished(tmp_path_factory):
     job.decoder.task.layers = job.decoder.task.unroll = 2
     job.decoder.task.width, job.decoder.task.ffn, job.decoder.batch = 64, 96, 8
     job.images.skin_tone_heldout = 3
-    job.images.select = ("food", "hand with fingers splayed", "person", "man")
-    job.draw.count = job.draw.batch = 4
+    job.images.select = ("food", "animals", "faces", "person", "man", "woman")
+    job.draw.count = job.draw.batch = 8  # a picture a device
     job.report.shown = 3
     job.run()
     return job
@@ -62,6 +63,16 @@ def test_torch_loads_the_export_and_agrees(finished):
         parity["logits_BTV"], logits_BTV, parity["length_B"], strict=True
     ):
         np.testing.assert_allclose(ours_TV[:length], theirs_TV[:length], atol=1e-4)
+
+
+def test_too_few_captions_for_the_vocabulary(finished):
+    few = dataclasses.replace(finished.vocabulary, list="heldout_skin_tone.jsonl", path="nowhere")
+    with pytest.raises(ValueError) as error:
+        few.run()
+    assert str(error.value) == (
+        "3 captions of heldout_skin_tone.jsonl give 277 ranks, not 512; "
+        "set size to that, and the decoder's vocabulary with it"
+    )
 
 
 def test_a_stage_by_name(capsys):
