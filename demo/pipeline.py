@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import resource
 import time
 from typing import Any
 
@@ -52,5 +53,8 @@ class Demo:
                 spent[stage] = spent.get(stage, 0.0) + time.time() - start
                 seconds.write_text(json.dumps(spent, indent=1))
         done.write_text(wanted)
-        print(f"\nThe demo is complete after {metrics.time_left(sum(spent.values()))}:"
-              f" open {report}")  # fmt: skip
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(
+            f"\nThe demo is complete after {metrics.time_left(sum(spent.values()))} "
+            f"(peak memory of this start {memory:.1f} GiB): open {report}"
+        )
