@@ -15,7 +15,7 @@ A weight belongs to the id it is a target for, by role:
 The paper weighs vision 0.5 and text 1.0 in pretraining (section 2.4) without saying where the
 controls belong. Here what lies between img and eoi is vision, so codes and breaks weigh 0.5 and
 all else 1.0. Emu3's released fine-tuning script gives loss to codes alone: Weights(text=0,
-meta=0, codes=1, breaks=0). BOS is never a target.
+meta=0, codes=1, breaks=0). BOS is never a target, nor is EOS where the caption was dropped.
 
 Legend: D ids of one document, N documents, 3 = (t, h, w).
 """
@@ -78,6 +78,9 @@ def build(
     text = (text_D, np.full(len(text_D), weights.text, np.float32))
     block = _block(document, weights, vocab)
     first, last = _ends(vocab, weights)
+    if drop_caption:
+        # Without its caption the document begins like caption_last: EOS would teach to say nothing.
+        last = last[0], np.zeros(1, np.float32)
     middle = {
         "caption_first": [text, block],
         "caption_last": [block, text],

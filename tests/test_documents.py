@@ -50,9 +50,11 @@ def test_text_alone(vocab):
     assert weights.tolist() == [0, 1, 1, 1]
 
 
-def test_dropped_caption_keeps_bos(vocab):
-    ids, _ = documents.build(image(), documents.Layout("caption_first"), vocab, drop_caption=True)
+def test_dropped_caption_keeps_bos_and_does_not_teach_to_end(vocab):
+    layout = documents.Layout("caption_first")
+    ids, weights = documents.build(image(), layout, vocab, drop_caption=True)
     assert ids.tolist() == [vocab.bos, *expected_block(vocab), vocab.eos]
+    assert weights[-1] == 0 and weights[-2] == 1
 
 
 def test_video_has_a_frame_end_after_each_frame(vocab):
