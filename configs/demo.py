@@ -87,7 +87,7 @@ def build(
         ),
         draw=Draw(
             images=images, tokenizer=f"{run_dir}/tokenizer", decoder=f"{run_dir}/decoder",
-            vocab=vocab, directory=drawn, sampling=Sampling(guidance=1.5, temperature=0.2),
+            vocab=vocab, directory=drawn, sampling=Sampling(guidance=1.5, temperature=0.0),
         ),
         evaluate=Evaluate(
             images=images, tokenizer=f"{run_dir}/tokenizer", drawn=drawn,
