@@ -1,16 +1,23 @@
 """Attention over packed rows: causal by position, never across segments.
 
 B batch  T query position  S key position  N heads  K kv heads  G heads per kv head  H head dim
+
+One function for everybody; below it, one differentiation rule for every kernel, and the ring.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from emu3_jax.mesh import place, spec
+from emu3_jax.kernels import flash_gpu, flash_tpu, mask, reference
+from emu3_jax.kernels.mask import HIDDEN, Dropout, Places
+from emu3_jax.mesh import place, shards, spec
 
-HIDDEN = -1e30  # added to scores; finite, so that a row that sees nothing stays finite
+RING = "context"  # the mesh axis that rows are cut along
+KERNELS = {"reference": reference, "tpu": flash_tpu, "gpu": flash_gpu}
+CONTEXTS = ("gather", "ring")
 
 
 def attention(
@@ -21,68 +28,221 @@ def attention(
     positions_BT: jax.Array,
     segments_BS: jax.Array | None = None,
     positions_BS: jax.Array | None = None,
+    *,
     dropout: float = 0.0,
     key: jax.Array | None = None,
-) -> jax.Array:
-    """softmax(q k / sqrt(H)) v over the visible keys -> out_BTNH.
+    context: str = "gather",
+    kernel: str = "",
+    with_lse: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """softmax(q k / sqrt(H)) v over the visible keys -> out_BTNH, of the queries' type.
 
-    A key is visible if it has the query's segment and a position not after the query's. Keys and
-    values may come sharded over `context` (they are gathered: T becomes S) or whole, as from a
-    cache; without `segments_BS` and `positions_BS` they are the queries' own. Each kv head serves
-    N/K neighbouring heads. `dropout` drops attention probabilities (Emu3 trains with 0.1): the
-    mask is a hash of (key, row, head, query and key index), so it is the same on every mesh.
+    A key is visible if it has the query's segment and a position not after the query's; segment 0
+    is padding, which sees nothing and gets zeros. Each kv head serves N/K neighbouring heads.
+    Softmax is in float32. Without `segments_BS` and `positions_BS` (of keys from a cache, whole
+    on every device) keys and values are the queries' own, [B, T, K, H].
+
+    Args:
+        dropout: rate at which attention probabilities are dropped (Emu3 trains with 0.1). The
+            mask is a hash of `key` and of the row, segment, positions and head, so it is the same
+            for every kernel, block size and mesh.
+        context: what to do where T is sharded: "gather" all keys and values to every device, or
+            send them around a "ring". The ring's work is even if rows are laid out by `balanced`.
+        kernel: "reference" (plain XLA), "tpu" or "gpu" (Pallas, "gpu" for Hopper in 16 bits and
+            not yet run on one; on other machines interpreted, slowly); "" chooses by the devices
+            of the mesh, never "gpu".
+        with_lse: return (out_BTNH, lse_BTN): also the float32 log of the sum of exponentials,
+            about HIDDEN for a query that sees nothing.
+
+    Raises:
+        ValueError: dropout without a key, or an unknown `context` or `kernel`.
     """
-    segments_BS = segments_BT if segments_BS is None else segments_BS
-    positions_BS = positions_BT if positions_BS is None else positions_BS
     if dropout and key is None:
         raise ValueError(f"attention dropout {dropout} needs a key")
+    if context not in CONTEXTS:
+        raise ValueError(f"context {context!r} is none of {', '.join(CONTEXTS)}")
+    if kernel and kernel not in KERNELS:
+        raise ValueError(f"attention kernel {kernel!r} is none of {', '.join(KERNELS)}")
+    own = segments_BS is None
+    (parts,) = shards("T")
+    method = Method(kernel or _usual_kernel(), dropout, parts if context == "ring" and own else 1)
     seed = jax.random.bits(key) if dropout else jnp.uint32(0)
-    index = {dim: place(jnp.arange(size, dtype=jnp.uint32), dim) for dim, size in
-             zip("BTN", q_BTNH.shape, strict=False)}
-    dims = ("BTNH", "BSKH", "BSKH", "BT", "BT", "BS", "BS", "B", "T", "N", "")
+    index_B, index_N = (place(jnp.arange(size, dtype=jnp.uint32), dim)
+                        for dim, size in zip("BN", (q_BTNH.shape[0], q_BTNH.shape[2]), strict=True))
     arrays = (q_BTNH, k_BSKH, v_BSKH, segments_BT, positions_BT, segments_BS, positions_BS,
-              index["B"], index["T"], index["N"], seed)
+              index_B, index_N, seed)  # fmt: skip
+    keys = ("BTKH", "BTKH", "BT", "BT", "", "") if own else ("BSKH", "BSKH", "BT", "BT", "BS", "BS")
+    dims = ("BTNH", *keys, "B", "N", "")
+    arrays = [jnp.int32(0) if array is None else array for array in arrays]
     placed = [place(array, dim) for array, dim in zip(arrays, dims, strict=True)]
-    local = functools.partial(_local, dropout=dropout)
-    return jax.shard_map(local, in_specs=tuple(map(spec, dims)), out_specs=spec("BTNH"))(*placed)
+    out_BTNH, lse_BTN = jax.shard_map(
+        functools.partial(_local, method, own and parts > 1, own),
+        in_specs=tuple(map(spec, dims)), out_specs=(spec("BTNH"), spec("BTN")), check_vma=False,
+    )(*placed)  # fmt: skip
+    return (out_BTNH, lse_BTN) if with_lse else out_BTNH
 
 
-def _local(q_BTNH, k_BSKH, v_BSKH, seg_BT, pos_BT, seg_BS, pos_BS, b_B, t_T, n_N, seed, *, dropout):
+def balanced(length: int) -> jax.Array | None:
+    """The order of a row's positions in which a ring's devices have equal work; None: as it is.
+
+    Causal attention makes late positions dear. So the row is cut into twice as many chunks as
+    there are devices along `context`, and each takes one from the front and one from the back
+    (Brandon et al., arXiv 2311.09431, and llama3's arXiv 2407.21783 do the like).
+    Raises ValueError if the row does not split so.
+    """
+    (parts,) = shards("T")
+    if parts == 1:
+        return None
+    if length % (2 * parts):
+        raise ValueError(
+            f"rows of {length} positions do not split into a front and a back chunk for each of "
+            f"context = {parts} devices; take a multiple of {2 * parts}"
+        )
+    chunks = jnp.arange(length).reshape(2 * parts, -1)
+    front, back = chunks[:parts], chunks[parts:][::-1]
+    return jnp.concatenate([front, back], axis=1).reshape(-1)
+
+
+class Method(NamedTuple):
+    """What is fixed when tracing: the kernel, dropout's rate, devices in the ring (1: none)."""
+
+    kernel: str
+    rate: float
+    ring: int
+
+
+def _usual_kernel() -> str:
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return "tpu" if device is not None and device.platform == "tpu" else "reference"
+
+
+def _local(
+    method, gathers, own, q_BTNH, k_BSKH, v_BSKH, seg_BT, pos_BT, seg_BS, pos_BS, b_B, n_N, seed
+):
     """What one device computes: its rows, its heads, its queries, all keys."""
-    B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    score_BKTGS = jnp.einsum(
-        "BTKGH,BSKH->BKTGS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
+    if own:
+        seg_BS, pos_BS = seg_BT, pos_BT
+    if gathers and method.ring == 1:
+        k_BSKH, v_BSKH, seg_BS, pos_BS = (
+            jax.lax.all_gather(x, RING, axis=1, tiled=True)
+            for x in (k_BSKH, v_BSKH, seg_BS, pos_BS)
+        )
+    hash_BTN = mask.query_hash(seed, b_B, seg_BT, pos_BT, n_N) if method.rate else None
+    places = Places(seg_BT, pos_BT, seg_BS, pos_BS)
+    return _attend(method, q_BTNH, k_BSKH, v_BSKH, places, hash_BTN)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(method: Method, q_BTNH, k_BSKH, v_BSKH, places, hash_BTN):
+    forward = _ring_forward if method.ring > 1 else _forward
+    return forward(method, q_BTNH, k_BSKH, v_BSKH, places, hash_BTN)
+
+
+def _attend_forward(method, *args):
+    out_BTNH, lse_BTN = _attend(method, *args)
+    return (out_BTNH, lse_BTN), (*args, out_BTNH, lse_BTN)
+
+
+def _attend_backward(method, saved, cotangents):
+    q_BTNH, k_BSKH, v_BSKH, places, hash_BTN, out_BTNH, lse_BTN = saved
+    dout_BTNH, dlse_BTN = cotangents
+    # dscore = p * (dp - sum of p dp) and that sum over keys is the one over H of dout * out.
+    delta_BTN = jnp.einsum("BTNH,BTNH->BTN", dout_BTNH, out_BTNH,
+                           preferred_element_type=jnp.float32) - dlse_BTN  # fmt: skip
+    backward = _ring_backward if method.ring > 1 else _backward
+    grads = backward(
+        method, q_BTNH, k_BSKH, v_BSKH, places, hash_BTN, lse_BTN, delta_BTN, dout_BTNH
     )
-    visible_BTS = (seg_BT[:, :, None] == seg_BS[:, None, :]) & (
-        pos_BS[:, None, :] <= pos_BT[:, :, None]
-    )
-    hide_BTS = jnp.where(visible_BTS, 0.0, HIDDEN)
-    score_BKTGS = score_BKTGS * H**-0.5 + hide_BTS[:, None, :, None]
-    peak_BKTG1 = jax.lax.stop_gradient(jnp.max(score_BKTGS, axis=-1, keepdims=True))
-    exp_BKTGS = jnp.exp(score_BKTGS - peak_BKTG1)
-    total_BKTG = jnp.sum(exp_BKTGS, axis=-1)
-    if dropout:
-        keep_BTNS = _keep(seed, b_B, n_N, t_T, k_BSKH.shape[1], dropout)
-        keep_BKTGS = keep_BTNS.reshape(B, T, K, N // K, -1).swapaxes(1, 2)
-        exp_BKTGS = jnp.where(keep_BKTGS, exp_BKTGS / (1 - dropout), 0.0)
-    out_BKTGH = jnp.einsum("BKTGS,BSKH->BKTGH", exp_BKTGS.astype(v_BSKH.dtype), v_BSKH,
-                           preferred_element_type=jnp.float32)  # normalised last: T x H, not T x S
-    out_BKTGH = (out_BKTGH / total_BKTG[..., None]).astype(q_BTNH.dtype)
-    return out_BKTGH.swapaxes(1, 2).reshape(B, T, N, H)
+    inputs = q_BTNH, k_BSKH, v_BSKH
+    return *(dx.astype(x.dtype) for dx, x in zip(grads, inputs, strict=True)), None, None
 
 
-def _keep(seed, b_B, n_N, t_T, S, dropout):
-    """True where a probability is kept; each coordinate is mixed in by murmur3's finaliser."""
-    h_B = _mix(seed ^ b_B)
-    h_BT = _mix(h_B[:, None] ^ t_T)
-    h_BTN = _mix(h_BT[:, :, None] ^ n_N)
-    h_BTNS = _mix(h_BTN[..., None] ^ jnp.arange(S, dtype=jnp.uint32))
-    return h_BTNS >= jnp.uint32(dropout * 2**32)
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _mix(h):
-    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
-    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
-    return (h ^ (h >> 16)) + jnp.uint32(0x9E3779B9)
+def _forward(method, q_BTNH, k_BSKH, v_BSKH, places, hash_BTN, dtype=None):
+    dropout = Dropout(method.rate, hash_BTN)
+    return KERNELS[method.kernel].forward(q_BTNH, k_BSKH, v_BSKH, places, dropout, dtype)
+
+
+def _backward(method, q_BTNH, k_BSKH, v_BSKH, places, hash_BTN, *lse_delta_dout):
+    dropout = Dropout(method.rate, hash_BTN)
+    return KERNELS[method.kernel].backward(q_BTNH, k_BSKH, v_BSKH, places, dropout, *lse_delta_dout)
+
+
+class _Keys(NamedTuple):
+    """What travels around the ring."""
+
+    k_BSKH: jax.Array
+    v_BSKH: jax.Array
+    seg_BS: jax.Array
+    pos_BS: jax.Array
+
+
+def _ring_forward(method, q_BTNH, k_BSKH, v_BSKH, places, hash_BTN):
+    """Every device's keys pass by; each adds its part, weighed by its sum of exponentials."""
+
+    def absorb(state, keys):
+        def merge():
+            at = places._replace(seg_BS=keys.seg_BS, pos_BS=keys.pos_BS)
+            out_BTNH, lse_BTN = state
+            part_BTNH, part_lse_BTN = _forward(
+                method, q_BTNH, keys.k_BSKH, keys.v_BSKH, at, hash_BTN, jnp.float32
+            )
+            both_BTN = jnp.logaddexp(lse_BTN, part_lse_BTN)
+            out_BTNH = out_BTNH * jnp.exp(lse_BTN - both_BTN)[..., None]
+            return out_BTNH + part_BTNH * jnp.exp(part_lse_BTN - both_BTN)[..., None], both_BTN
+
+        return jax.lax.cond(_anything(places, keys), merge, lambda: state)
+
+    def step(carry, _):
+        state, keys = carry
+        following = _pass_on(method, keys)  # on its way while these are worked on
+        return (absorb(state, keys), following), None
+
+    lse_BTN = jnp.full(q_BTNH.shape[:3], HIDDEN)
+    state = jnp.zeros(q_BTNH.shape, jnp.float32), lse_BTN
+    keys = _Keys(k_BSKH, v_BSKH, places.seg_BS, places.pos_BS)
+    (state, keys), _ = jax.lax.scan(step, (state, keys), length=method.ring - 1)
+    out_BTNH, lse_BTN = absorb(state, keys)
+    return out_BTNH.astype(q_BTNH.dtype), lse_BTN
+
+
+def _ring_backward(
+    method, q_BTNH, k_BSKH, v_BSKH, places, hash_BTN, lse_BTN, delta_BTN, dout_BTNH
+):
+    """Keys go around again; their gradients follow one step behind, so that nothing waits."""
+
+    def step(carry, _):
+        dq_BTNH, keys, dkeys = carry
+        following, dkeys = _pass_on(method, keys), _pass_on(method, dkeys)
+
+        def gradients():
+            at = places._replace(seg_BS=keys.seg_BS, pos_BS=keys.pos_BS)
+            return _backward(method, q_BTNH, keys.k_BSKH, keys.v_BSKH, at, hash_BTN,
+                             lse_BTN, delta_BTN, dout_BTNH)  # fmt: skip
+
+        def add():
+            return jax.tree.map(jnp.add, (dq_BTNH, *dkeys), gradients())
+
+        dq, *dkeys = jax.lax.cond(_anything(places, keys), add, lambda: (dq_BTNH, *dkeys))
+        return (dq, following, tuple(dkeys)), None
+
+    keys = _Keys(k_BSKH, v_BSKH, places.seg_BS, places.pos_BS)
+    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q_BTNH, k_BSKH, v_BSKH))
+    carry = zeros[0], keys, zeros[1:]
+    (dq_BTNH, _, dkeys), _ = jax.lax.scan(step, carry, length=method.ring)
+    return dq_BTNH, *_pass_on(method, dkeys)
+
+
+def _anything(places: Places, keys: _Keys) -> jax.Array:
+    """May any of these keys be seen from here, by the halves that `balanced` lays side by side."""
+    size = places.seg_BT.shape[1] // (2 if places.seg_BT.shape[1] % 2 == 0 else 1)
+    at = places._replace(seg_BS=keys.seg_BS, pos_BS=keys.pos_BS)
+    return mask.blocks(at, size, size)[0].any()
+
+
+def _pass_on(method: Method, arrays):
+    """Each device's arrays to the next one of the ring."""
+    to = [(i, (i + 1) % method.ring) for i in range(method.ring)]
+    return jax.tree.map(lambda x: jax.lax.ppermute(x, RING, to), arrays)

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from emu3_jax import params as params_lib
-from emu3_jax.attention import attention
+from emu3_jax.attention import attention, balanced
+from emu3_jax.kernels import mask
 from emu3_jax.loss import cross_entropy
 from emu3_jax.mesh import einsum, place, spec
 from emu3_jax.params import Param
@@ -36,8 +37,10 @@ class Transformer(Task):
     `first_visual` is the id of code 0; only the metrics use it, to report the loss of vision and
     text apart. `dropout` acts on embeddings, both residual branches and attention probabilities,
     as in the released modelling code, and only while training. `init_std` is the standard
-    deviation of every initial matrix. `loss_chunk` is in positions. `unroll` layers are compiled
-    one by one in each round of the loop over layers: more compilation, and on CPU twice the speed.
+    deviation of every initial matrix. `context` says how attention meets rows cut over the mesh
+    axis of that name: "gather" or "ring" (see attention.py). `loss_chunk` is in positions.
+    `unroll` layers are compiled one by one in each round of the loop over layers: more
+    compilation, and on CPU twice the speed.
     """
 
     layers: int = 32
@@ -53,6 +56,7 @@ class Transformer(Task):
     init_std: float = 0.02
     first_visual: int = 151_854
     dtype: str = "bfloat16"
+    context: str = "gather"
     remat: str = "full"
     loss_chunk: int = 1024
     unroll: int = 1
@@ -94,6 +98,10 @@ class Transformer(Task):
         Returns (loss, (variables, metrics)); `key` None means evaluation, without dropout. The
         metrics count tokens and give the unweighted loss in nats of text and of vision targets.
         """
+        order_T = balanced(batch["tokens"].shape[1]) if self.context == "ring" else None
+        if order_T is not None:
+            batch = {name: x_BT.at[:, order_T].get(out_sharding=spec("BT"))
+                     for name, x_BT in batch.items()}
         x_BTD, _ = self.hidden(
             params, batch["tokens"], batch["segments"], batch["positions"], key=key
         )
@@ -139,15 +147,15 @@ class Transformer(Task):
             p = jax.tree.map(lambda w: w.astype(self.dtype), p)
             keys = jax.random.split(jax.random.fold_in(key, index), 3)
             h_BTD = _rms_norm(x_BTD, p["attn"]["norm"], self.norm_eps)
-            h_BTD, kv = _attend(p["attn"], h_BTD, rope, where, kv, rate, keys[0])
-            x_BTD += _dropout(h_BTD, keys[1], rate)
+            h_BTD, kv = _attend(p["attn"], h_BTD, rope, where, kv, self.context, rate, keys[0])
+            x_BTD += _dropout(h_BTD, where, keys[1], rate)
             h_BTD = _rms_norm(x_BTD, p["mlp"]["norm"], self.norm_eps)
-            x_BTD += _dropout(_mlp(p["mlp"], h_BTD), keys[2], rate)
+            x_BTD += _dropout(_mlp(p["mlp"], h_BTD), where, keys[2], rate)
             return x_BTD, kv
 
         table_VD = place(params["embed"].astype(self.dtype), "..")
         x_BTD = table_VD.at[tokens_BT].get(out_sharding=spec("BTD"))
-        x_BTD = _dropout(x_BTD, jax.random.fold_in(key, self.layers), rate)
+        x_BTD = _dropout(x_BTD, where, jax.random.fold_in(key, self.layers), rate)
         layer = jax.checkpoint(layer, policy=REMAT[self.remat], prevent_cse=False)
         inputs = (params["layers"], jnp.arange(self.layers), kv)
         x_BTD, kv = jax.lax.scan(layer, x_BTD, inputs, unroll=self.unroll)
@@ -190,7 +198,7 @@ class Where(NamedTuple):
         )
 
 
-def _attend(p, h_BTD, rope, where, kv, dropout, key):
+def _attend(p, h_BTD, rope, where, kv, context, dropout, key):
     """The attention branch of one layer, and its keys and values with the new ones (or None)."""
     q_BTNH = rope(einsum("BTD,DNH->BTNH", h_BTD, p["q"]))
     k_BSKH = rope(einsum("BTD,DKH->BTKH", h_BTD, p["k"]))
@@ -199,7 +207,8 @@ def _attend(p, h_BTD, rope, where, kv, dropout, key):
         k_BSKH = _write(kv["k"], k_BSKH, where.index, "BSKH")
         v_BSKH = _write(kv["v"], v_BSKH, where.index, "BSKH")
         kv = dict(k=k_BSKH, v=v_BSKH)
-    o_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, *where[:4], dropout=dropout, key=key)
+    o_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, *where[:4], dropout=dropout, key=key,
+                       context=context)
     return einsum("BTNH,NHD->BTD", o_BTNH, p["o"]), kv
 
 
@@ -236,8 +245,11 @@ def _write(store, new, index, dims):
     return jax.lax.dynamic_update_slice_in_dim(store, place(new, dims), index, axis=1)
 
 
-def _dropout(x_BTD, key, rate):
+def _dropout(x_BTD, where, key, rate):
+    """Drops by a hash of row, segment, position and feature: the same on every mesh and ring."""
     if not rate:
         return x_BTD
-    keep = jax.random.bernoulli(key, 1 - rate, x_BTD.shape, out_sharding=spec("BTD"))
-    return jnp.where(keep, x_BTD / (1 - rate), 0).astype(x_BTD.dtype)
+    index_B, index_D = (place(jnp.arange(size), dim) for size, dim in
+                        ((x_BTD.shape[0], "B"), (x_BTD.shape[2], ".")))  # fmt: skip
+    hash_BTD = mask.query_hash(jax.random.bits(key), index_B, *where[:2], index_D)
+    return jnp.where(mask.above(hash_BTD, rate), x_BTD / (1 - rate), 0).astype(x_BTD.dtype)
