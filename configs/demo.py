@@ -117,5 +117,5 @@ def stage_of(demo: Demo, stage: str):
 def get_config(stage: str = ""):
     """The fifteen-minute demo: all people and hands, in their skin tones."""
     return stage_of(
-        build("runs/demo", ("people",), 0, tokenizer_steps=1600, decoder_steps=720), stage
+        build("runs/demo", ("people",), 0, tokenizer_steps=1600, decoder_steps=600), stage
     )

@@ -24,7 +24,7 @@ from emu3_jax.train import Task
 
 # remat policy by name -> what the backward pass finds saved instead of computing it again
 REMAT = {
-    "none": jax.checkpoint_policies.everything_saveable,
+    "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -156,7 +156,8 @@ class Transformer(Task):
         table_VD = place(params["embed"].astype(self.dtype), "..")
         x_BTD = table_VD.at[tokens_BT].get(out_sharding=spec("BTD"))
         x_BTD = _dropout(x_BTD, where, jax.random.fold_in(key, self.layers), rate)
-        layer = jax.checkpoint(layer, policy=REMAT[self.remat], prevent_cse=False)
+        if self.remat != "none":
+            layer = jax.checkpoint(layer, policy=REMAT[self.remat], prevent_cse=False)
         inputs = (params["layers"], jnp.arange(self.layers), kv)
         x_BTD, kv = jax.lax.scan(layer, x_BTD, inputs, unroll=self.unroll)
         if cache is not None:
