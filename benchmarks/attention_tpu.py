@@ -176,15 +176,15 @@ def _lowered(device_mesh, length: int, attend) -> tuple[str | None, dict]:
                                    memory_gb=round(used / 1e9, 3))  # fmt: skip
 
 
-def _vmem_mb(text: str) -> float:
-    """Fast memory of the largest Pallas kernel in a compiled program."""
+def _vmem_mb(text: str) -> float | None:
+    """Fast memory of the largest Pallas kernel in a compiled program; None if it does not say."""
     sizes = [
         int(size)
         for line in text.splitlines() if "tpu_custom_call" in line
         for size in re.findall(r'"used_scoped_memory_configs":\[\{"memory_space":"1",'
                                r'"offset":"\d+","size":"(\d+)"', line)
     ]  # fmt: skip
-    return round(max(sizes, default=0) / 1e6, 2)
+    return round(max(sizes) / 1e6, 2) if sizes and max(sizes) else None
 
 
 def ring() -> dict:

@@ -27,7 +27,7 @@ from tokenizer.exchange import Convert
 from tokenizer.train import TokenizerTask
 from tokenizer.vq import VQConfig
 
-CODES, RANKS = 1024, 512
+CODES, RANKS = 2048, 512
 # Pictures without a caption in front are not worth learning by heart by a model of this size.
 CAPTION_ONLY = Weights(text=1.0, meta=0.0, codes=0.0, breaks=0.0)
 TEXT = RANKS + 3 + 205 + 3  # what stands before the visual codes: see emu3_jax/vocab.py
@@ -40,7 +40,7 @@ def build(
     images, store = f"{run_dir}/images", f"{run_dir}/store"
     vocab, drawn = f"{run_dir}/vocab.tiktoken", f"{run_dir}/drawn"
     tokenizer = VQConfig(
-        codebook_size=CODES, code_dim=8, latent_channels=8, width=32, multipliers=(1, 1, 4),
+        codebook_size=CODES, code_dim=8, latent_channels=8, width=32, multipliers=(1, 1, 2),
         res_blocks=1, attention_levels=(2,),
     )  # fmt: skip
     decoder = Transformer(
@@ -60,12 +60,10 @@ def build(
         vocabulary=TrainVocab(images=images, path=vocab, size=RANKS),
         tokenizer=Train(
             task=TokenizerTask(
-                tokenizer, average_codes=True, hits_decay=0.99, mix_cells=True, anchor=4.0,
+                tokenizer, average_codes=True, hits_decay=0.99,
                 restart_until=tokenizer_steps * 4 // 5,
             ),
-            data=ImageRows(
-                directory=images, list="tokenizer_train.jsonl", augment_flip=True, augment_shift=2
-            ),
+            data=ImageRows(directory=images, list="tokenizer_train.jsonl", augment_flip=True),
             run_dir=f"{run_dir}/tokenizer",
             steps=tokenizer_steps,
             log_every=100,
@@ -115,7 +113,6 @@ def stage_of(demo: Demo, stage: str):
 
 
 def get_config(stage: str = ""):
-    """The fifteen-minute demo: all people and hands, in their skin tones."""
-    return stage_of(
-        build("runs/demo", ("people",), 0, tokenizer_steps=1600, decoder_steps=600), stage
-    )
+    """The fifteen-minute demo: animals, plants, food, faces, and 140 people in their skin tones."""
+    select = ("people", "animals", "plants", "food", "faces")
+    return stage_of(build("runs/demo", select, 140, tokenizer_steps=2400, decoder_steps=740), stage)

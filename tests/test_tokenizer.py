@@ -287,7 +287,7 @@ def test_averaged_codes_are_the_mean_of_their_vectors():
     rng = np.random.default_rng(0)
     z_BhwE = jnp.asarray(rng.standard_normal((2, 4, 4, TINY.code_dim)), jnp.float32)
     codes_Bhw = jnp.asarray(rng.integers(0, 3, (2, 4, 4)))
-    variables, _ = task.remember(task.variables(stats), z_BhwE, 0 * z_BhwE, codes_Bhw)
+    variables, _ = task.remember(task.variables(stats), z_BhwE, codes_Bhw)
     params = {"quantize.embedding": jnp.zeros((TINY.codebook_size, TINY.code_dim))}
     after, _ = task.after_update(params, variables, jnp.int32(5), jax.random.key(0))
     for code in range(3):
@@ -303,43 +303,3 @@ def test_averages_need_a_placement():
     )
     with pytest.raises(ValueError, match=message):
         task.init(jax.random.key(0))
-
-
-class CellMeans:
-    """An encoder that looks at nothing but its cell."""
-
-    config = TINY
-
-    def image_latents(self, x_BHWC, train):
-        self.seen_BHWC = x_BHWC
-        B, H, W, C = x_BHWC.shape
-        f = TINY.spatial_factor
-        return x_BHWC.reshape(B, H // f, f, W // f, f, C).mean((2, 4))
-
-
-def test_mixed_cells_come_back_to_their_pictures():
-    x_BHWC = jax.random.normal(jax.random.key(0), (3, 32, 16, 3))
-    model = CellMeans()
-    want_BhwC = model.image_latents(x_BHWC, True)
-    mixtures = 0
-    for seed in range(4):
-        z_BhwC = train.mixed_latents(model, x_BHWC, jax.random.key(seed))
-        np.testing.assert_allclose(z_BhwC, want_BhwC, rtol=1e-6)
-        mixtures += not np.array_equal(model.seen_BHWC, x_BHWC)
-    assert mixtures >= 3  # and pictures were mixed, or this shows nothing
-
-
-def test_an_anchored_encoder_looks_at_its_surroundings_less():
-    """One picture's left half beside two right halves: how far its latents there differ."""
-    config = dataclasses.replace(TINY, norm_groups=TINY.width // 4)
-    x_BHWC = jax.random.uniform(jax.random.key(0), (3, 32, 64, 3), minval=-1)
-    one, two = x_BHWC[:1], x_BHWC[1:2].at[:, :, :32].set(x_BHWC[0, :, :32])
-
-    def change(anchor: float) -> float:
-        params, variables = train.TokenizerTask(config, anchor=anchor).init(jax.random.key(1))
-        model = vq.merge(config, params, variables["stats"])
-        first, second, other = (model.image_latents(x, train=False)[:, :, 0]
-                                for x in (one, two, x_BHWC[2:]))  # fmt: skip
-        return float(jnp.abs(first - second).mean() / jnp.abs(first - other).mean())
-
-    assert change(4.0) < 0.5 * change(0.0)

@@ -40,8 +40,6 @@ class TokenizerTask(Task):
     restart_below: float = 0.1  # of the uniform share of hits: fewer, and a code restarts
     hits_decay: float = 0.97
     average_codes: bool = False  # codes follow the mean of their vectors, not the gradient
-    mix_cells: bool = False  # codes that say what is in their cell: see `mixed_latents`
-    anchor: float = 0.0  # biases in front of the encoder's norms: see `anchored`
 
     axis_type = AxisType.Auto  # convolutions carry no letters: XLA lays them out over the batch
 
@@ -56,8 +54,6 @@ class TokenizerTask(Task):
                 "where codes are placed; take a step of 1 or more"
             )
         params, stats = vq.init(self.config, key)
-        if self.anchor:
-            params = anchored(params, self.anchor, self.config.norm_groups)
         return params, self.variables(stats)
 
     def variables(self, stats: vq.Arrays) -> dict:
@@ -65,7 +61,6 @@ class TokenizerTask(Task):
         return {
             "stats": stats,
             "buffer_RE": jnp.zeros((self.buffer_rows, self.config.code_dim)),
-            "error_R": jnp.zeros(self.buffer_rows),
             "seen": jnp.zeros((), jnp.int32),
             # Negative: no hits yet. The first batch says what a uniform share is.
             "hits_K": jnp.full(self.config.codebook_size, -1.0),
@@ -83,10 +78,7 @@ class TokenizerTask(Task):
         if x_BHWC.dtype == jnp.uint8:
             x_BHWC = pixels.to_float(x_BHWC)
         model = vq.merge(self.config, params, variables["stats"])
-        if self.mix_cells:
-            z_BhwE = mixed_latents(model, x_BHWC, key)
-        else:
-            z_BhwE = model.image_latents(x_BHWC, train=True)
+        z_BhwE = model.image_latents(x_BHWC, train=True)
         codes_Bhw = jax.lax.stop_gradient(model.quantize.nearest(z_BhwE))
         q_BhwE = model.quantize.lookup(codes_Bhw)
         y_BHWC = model.image_pixels(quantize.straight_through(z_BhwE, q_BhwE), train=True)
@@ -98,7 +90,7 @@ class TokenizerTask(Task):
         if not self.average_codes:
             loss += self.codebook_weight * codebook
 
-        variables, hits_K = self.remember(variables, z_BhwE, q_BhwE, codes_Bhw)
+        variables, hits_K = self.remember(variables, z_BhwE, codes_Bhw)
         variables |= {"stats": vq.split(model)[1]}
         variables = jax.lax.stop_gradient(variables)
         metrics = {
@@ -135,7 +127,7 @@ class TokenizerTask(Task):
         return params | {name: codebook_KE}, variables | {"hits_K": hits_K, "sums_KE": sums_KE}
 
     def remember(
-        self, variables: dict, z_BhwE: jax.Array, q_BhwE: jax.Array, codes_Bhw: jax.Array
+        self, variables: dict, z_BhwE: jax.Array, codes_Bhw: jax.Array
     ) -> tuple[dict, jax.Array]:
         """Writes a batch's vectors into the ring and its code counts and sums into the averages.
 
@@ -148,12 +140,10 @@ class TokenizerTask(Task):
         # A code starts from its uniform share, or none would ever be found below a part of it.
         share, keep = hits_K.sum() / len(hits_K), self.hits_decay
         old_K = jnp.where(variables["hits_K"] < 0, share, variables["hits_K"])
-        error_N = jnp.square(z_NE - q_BhwE.reshape(z_NE.shape)).sum(-1)
-        z_NE, error_N = z_NE[: self.buffer_rows], error_N[: self.buffer_rows]
+        z_NE = z_NE[: self.buffer_rows]
         rows_N = (variables["seen"] + jnp.arange(len(z_NE))) % self.buffer_rows
         return variables | {
             "buffer_RE": variables["buffer_RE"].at[rows_N].set(z_NE),
-            "error_R": variables["error_R"].at[rows_N].set(error_N),
             # Kept small: beyond two rounds only the place in the ring matters.
             "seen": jnp.where(
                 variables["seen"] < self.buffer_rows,
@@ -165,55 +155,19 @@ class TokenizerTask(Task):
         }, hits_K
 
     def sample(self, variables: dict, key: jax.Array) -> jax.Array:
-        """codes_KE: K vectors from the buffer, the likelier the worse their codes fit, jittered."""
+        """codes_KE: K vectors from the filled part of the buffer, with a little noise."""
         row_key, noise_key = jax.random.split(key)
+        filled = jnp.clip(variables["seen"], 1, self.buffer_rows)
         shape = (self.config.codebook_size, self.config.code_dim)
-        sum_R = jnp.cumsum(variables["error_R"])
-        # Even steps of summed error from a random start: a row far from all codes comes for sure.
-        steps_K = (jnp.arange(shape[0]) + jax.random.uniform(row_key)) * (sum_R[-1] / shape[0])
-        rows_K = jnp.minimum(jnp.searchsorted(sum_R, steps_K), len(sum_R) - 1)
+        # Evenly spaced rows from a random start: no row twice while there are enough of them.
+        spread_K = jnp.arange(shape[0]) * jnp.maximum(filled / shape[0], 1.0)
+        start = jax.random.uniform(row_key, maxval=filled)
+        rows_K = (spread_K + start).astype(jnp.int32) % filled
         codes_KE = variables["buffer_RE"][rows_K]
         return codes_KE + JITTER * codes_KE.std(0) * jax.random.normal(noise_key, shape)
 
     def dead_below(self, hits_K: jax.Array) -> jax.Array:
         return self.restart_below * hits_K.sum() / len(hits_K)
-
-
-def mixed_latents(model: vq.VQ, x_BHWC: jax.Array, key: jax.Array) -> jax.Array:
-    """Latents z_BhwE of images that were encoded with some of their cells exchanged.
-
-    A random part of the cells (one code each) changes places with the next image's; the encoder
-    sees the mixtures, and its latents are sorted back. Then nothing is to be learned from the
-    cells around: a code comes to say what is in its own cell, wherever that stands, and a decoder
-    of tokens can learn "dark skin" once and not anew in every picture. The decoder of pixels sees
-    whole pictures.
-    """
-    factor = model.config.spatial_factor
-    h, w = (size // factor for size in x_BHWC.shape[1:3])
-    share_key, cell_key = jax.random.split(key)
-    own_hw = jax.random.uniform(cell_key, (h, w)) < jax.random.uniform(share_key)
-    own_HW = jnp.repeat(jnp.repeat(own_hw, factor, axis=0), factor, axis=1)
-    mixed_BHWC = jnp.where(own_HW[..., None], x_BHWC, jnp.roll(x_BHWC, -1, axis=0))
-    z_BhwE = model.image_latents(mixed_BHWC, train=True)
-    return jnp.where(own_hw[..., None], z_BhwE, jnp.roll(z_BhwE, 1, axis=0))
-
-
-def anchored(params: vq.Arrays, anchor: float, groups: int) -> vq.Arrays:
-    """Initial parameters whose group norms hardly depend on the picture.
-
-    A group norm takes mean and contrast away, in a small model those of single colours. Biases of
-    +anchor and -anchor in turn, several to a group, set a mean of 0 and a spread that no picture
-    changes much. The encoder's residual branches start at 0, so that all of it starts that way.
-    """
-    params = dict(params)
-    for name, x in params.items():
-        if not name.startswith("encoder.") or ".time_" in name:
-            continue
-        if name.endswith(("conv2.kernel", "proj_out.kernel")):
-            params[name] = jnp.zeros_like(x)
-        elif name.endswith(("nin_shortcut.bias", "conv1.bias")) and len(x) > groups:
-            params[name] = x + anchor * (1 - 2 * (jnp.arange(len(x)) % 2))
-    return params
 
 
 def psnr(x_BHWC: jax.Array, y_BHWC: jax.Array) -> jax.Array:

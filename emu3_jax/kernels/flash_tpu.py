@@ -383,6 +383,7 @@ def _dropped(x_st, hashes, g, at_s, rate):
 
 def _dot(a, b, axis_a: int, axis_b: int):
     """Product over these axes, summed in float32; float32 inputs are not rounded first."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    full = a.dtype == jnp.float32  # said either way: a global default does not suit 16 bits
+    precision = jax.lax.Precision.HIGHEST if full else jax.lax.Precision.DEFAULT
     return jax.lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), precision=precision,
                                preferred_element_type=jnp.float32)  # fmt: skip
