@@ -87,8 +87,7 @@ def balanced(length: int) -> jax.Array | None:
 
     Causal attention makes late positions dear. So the row is cut into twice as many chunks as
     there are devices along `context`, and each takes one from the front and one from the back
-    (Brandon et al., arXiv 2311.09431, and llama3's arXiv 2407.21783 do the like).
-    Raises ValueError if the row does not split so.
+    (as Llama 3, arXiv 2407.21783, section 3.3.2). Raises ValueError if the row does not split so.
     """
     (parts,) = shards("T")
     if parts == 1:
