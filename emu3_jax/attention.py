@@ -64,6 +64,8 @@ def attention(
     if kernel and kernel not in KERNELS:
         raise ValueError(f"attention kernel {kernel!r} is none of {', '.join(KERNELS)}")
     own = segments_BS is None
+    if own:
+        segments_BS, positions_BS = segments_BT, positions_BT
     (parts,) = shards("T")
     method = Method(kernel or _usual_kernel(), dropout, parts if context == "ring" and own else 1)
     seed = jax.random.bits(key) if dropout else jnp.uint32(0)
@@ -71,12 +73,11 @@ def attention(
                         for dim, size in zip("BN", (q_BTNH.shape[0], q_BTNH.shape[2]), strict=True))
     arrays = (q_BTNH, k_BSKH, v_BSKH, segments_BT, positions_BT, segments_BS, positions_BS,
               index_B, index_N, seed)  # fmt: skip
-    keys = ("BTKH", "BTKH", "BT", "BT", "", "") if own else ("BSKH", "BSKH", "BT", "BT", "BS", "BS")
-    dims = ("BTNH", *keys, "B", "N", "")
-    arrays = [jnp.int32(0) if array is None else array for array in arrays]
+    S = "T" if own else "S"  # own keys come sharded as the queries are, a cache's whole
+    dims = ("BTNH", f"B{S}KH", f"B{S}KH", "BT", "BT", f"B{S}", f"B{S}", "B", "N", "")
     placed = [place(array, dim) for array, dim in zip(arrays, dims, strict=True)]
     out_BTNH, lse_BTN = jax.shard_map(
-        functools.partial(_local, method, own and parts > 1, own),
+        functools.partial(_local, method, own and parts > 1 and method.ring == 1),
         in_specs=tuple(map(spec, dims)), out_specs=(spec("BTNH"), spec("BTN")), check_vma=False,
     )(*placed)  # fmt: skip
     return (out_BTNH, lse_BTN) if with_lse else out_BTNH
@@ -116,12 +117,10 @@ def _usual_kernel() -> str:
 
 
 def _local(
-    method, gathers, own, q_BTNH, k_BSKH, v_BSKH, seg_BT, pos_BT, seg_BS, pos_BS, b_B, n_N, seed
+    method, gathers, q_BTNH, k_BSKH, v_BSKH, seg_BT, pos_BT, seg_BS, pos_BS, b_B, n_N, seed
 ):
     """What one device computes: its rows, its heads, its queries, all keys."""
-    if own:
-        seg_BS, pos_BS = seg_BT, pos_BT
-    if gathers and method.ring == 1:
+    if gathers:
         k_BSKH, v_BSKH, seg_BS, pos_BS = (
             jax.lax.all_gather(x, RING, axis=1, tiled=True)
             for x in (k_BSKH, v_BSKH, seg_BS, pos_BS)

@@ -391,8 +391,7 @@ def _forward_kernel(ops, at: _At, inputs, out, lse, q_tH, k_sH, v_sH, q_here, k_
             return sum_tH, total_t, new_t
 
         state = ops.full((half, H), 0.0), ops.full((half,), 0.0, 1), ops.full((half,), HIDDEN, 1)
-        state = lax.fori_loop(0, whole, functools.partial(absorb, masked=False), state)
-        state = lax.fori_loop(whole, count, functools.partial(absorb, masked=True), state)
+        state = _visit(whole, count, absorb, state)
         sum_tH, total_t, peak_t = state
         pl.when(at.warpgroup == 0)(pass_turn)
         seen_t = peak_t > NOTHING
@@ -439,8 +438,7 @@ def _dq_kernel(ops, at: _At, inputs, dq, q_tH, dout_tH, k_sH, v_sH, own_here, he
         piece = block * WORKERS + at.warpgroup
         own = at.row, pl.ds(piece * half, half), at.head
         q_own, dout_own = q_tH.at[at.warpgroup], dout_tH.at[at.warpgroup]
-        plgpu.copy_gmem_to_smem(q.at[own], q_own, own_here.at[at.warpgroup])
-        plgpu.copy_gmem_to_smem(dout.at[own], dout_own, own_here.at[at.warpgroup])
+        _copy(own_here.at[at.warpgroup], (q.at[own], q_own), (dout.at[own], dout_own))
         seen_by, drop = _Mask(ops, marks, at.row), _Drop(ops, hashes, at, rate)
         lse_t = ops.load(lse.at[at.row, at.head, piece], 1)
         delta_t = ops.load(delta.at[at.row, at.head, piece], 1)
@@ -467,8 +465,7 @@ def _dq_kernel(ops, at: _At, inputs, dq, q_tH, dout_tH, k_sH, v_sH, own_here, he
             return dq_tH, lse_t, delta_t
 
         state = ops.full((half, H), 0.0), lse_t, delta_t
-        state = lax.fori_loop(0, whole, functools.partial(absorb, masked=False), state)
-        state = lax.fori_loop(whole, count, functools.partial(absorb, masked=True), state)
+        state = _visit(whole, count, absorb, state)
         dq.at[at.row, piece, :, at.head][...] = state[0]
 
     @pl.when(at.warpgroup == WORKERS)
@@ -479,8 +476,8 @@ def _dq_kernel(ops, at: _At, inputs, dq, q_tH, dout_tH, k_sH, v_sH, own_here, he
         def fetch(step, slot):
             places = at.row, pl.ds(visits.order_BOV[at.row, block, step] * s, s), kv_head
             _await(gone, step, slot)
-            plgpu.copy_gmem_to_smem(k.at[places], k_sH.at[slot], here.at[slot])
-            plgpu.copy_gmem_to_smem(v.at[places], v_sH.at[slot], here.at[slot])
+            k_to, v_to = k_sH.at[slot], v_sH.at[slot]
+            _copy(here.at[slot], (k.at[places], k_to), (v.at[places], v_to))
 
         _fetch_all(count, fetch, (gone,))
 
@@ -509,8 +506,7 @@ def _dkv_kernel(ops, at: _At, inputs, dk, dv, q_tH, dout_tH, k_sH, v_sH, own_her
         piece = block * WORKERS + at.warpgroup
         own = at.row, pl.ds(piece * half, half), at.head
         k_own, v_own = k_sH.at[at.warpgroup], v_sH.at[at.warpgroup]
-        plgpu.copy_gmem_to_smem(k.at[own], k_own, own_here.at[at.warpgroup])
-        plgpu.copy_gmem_to_smem(v.at[own], v_own, own_here.at[at.warpgroup])
+        _copy(own_here.at[at.warpgroup], (k.at[own], k_own), (v.at[own], v_own))
         seen_by, drop = _Mask(ops, marks, at.row), _Drop(ops, hashes, at, rate)
         plgpu.barrier_wait(own_here.at[at.warpgroup])
 
@@ -542,8 +538,7 @@ def _dkv_kernel(ops, at: _At, inputs, dk, dv, q_tH, dout_tH, k_sH, v_sH, own_her
             return dk_sH, dv_sH
 
         state = ops.full((half, H), 0.0), ops.full((half, H), 0.0)
-        state = lax.fori_loop(0, whole * G, functools.partial(absorb, masked=False), state)
-        state = lax.fori_loop(whole * G, count * G, functools.partial(absorb, masked=True), state)
+        state = _visit(whole * G, count * G, absorb, state)
         for ref, sum_sH in zip((dk, dv), state, strict=True):
             ref.at[at.row, piece, :, at.head][...] = sum_sH
 
@@ -555,10 +550,22 @@ def _dkv_kernel(ops, at: _At, inputs, dk, dv, q_tH, dout_tH, k_sH, v_sH, own_her
             inner, head = visited(step)
             places = at.row, pl.ds(inner * t, t), head
             _await(gone, step, slot)
-            plgpu.copy_gmem_to_smem(q.at[places], q_tH.at[slot], here.at[slot])
-            plgpu.copy_gmem_to_smem(dout.at[places], dout_tH.at[slot], here.at[slot])
+            q_to, dout_to = q_tH.at[slot], dout_tH.at[slot]
+            _copy(here.at[slot], (q.at[places], q_to), (dout.at[places], dout_to))
 
         _fetch_all(count * G, fetch, (gone,))
+
+
+def _visit(whole, count, absorb, state):
+    """The state after absorb(step, state, masked) at every step; the first `whole` need no mask."""
+    state = lax.fori_loop(0, whole, functools.partial(absorb, masked=False), state)
+    return lax.fori_loop(whole, count, functools.partial(absorb, masked=True), state)
+
+
+def _copy(arrived, *pairs):
+    """Starts to copy from global to shared memory, one after the other, all told to one barrier."""
+    for there, here in pairs:
+        plgpu.copy_gmem_to_smem(there, here, arrived)
 
 
 def _fetch_all(count, fetch, readers):
