@@ -151,7 +151,8 @@ def _compile(device_mesh, length: int, attend) -> dict:
 
 def _lowered(device_mesh, length: int, attend) -> tuple[str | None, dict]:
     """(compiled text, figures); the text is None and the figures an error if it fails."""
-    batch = device_mesh.shape["data"] * device_mesh.shape["fsdp"]
+    with jax.set_mesh(device_mesh):
+        (batch,) = mesh.shards("B")
     shapes = [((batch, length, n, HEAD_DIM), "bfloat16", "BTNH")
               for n in (HEADS, KV_HEADS, KV_HEADS)]  # fmt: skip
     shapes += [((batch, length), "int32", "BT")] * 2

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from emu3_jax.kernels import flash_gpu, flash_tpu, mask, reference
 from emu3_jax.kernels.mask import HIDDEN, Dropout, Places
@@ -137,7 +138,8 @@ def _attend(method: Method, q_BTNH, k_BSKH, v_BSKH, places, hash_BTN):
 
 
 def _attend_forward(method, *args):
-    out_BTNH, lse_BTN = _attend(method, *args)
+    # Named, so that a remat policy may keep them: all the kernel needs to go backward.
+    out_BTNH, lse_BTN = checkpoint_name(_attend(method, *args), "attention")
     return (out_BTNH, lse_BTN), (*args, out_BTNH, lse_BTN)
 
 

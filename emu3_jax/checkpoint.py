@@ -68,7 +68,8 @@ class Checkpoints:
 def restore_model(run_dir: str, step: int | None = None) -> tuple:
     """(task, params, variables, step) of a run's newest checkpoint (or of `step`), as NumPy arrays.
 
-    The optimizer's arrays are not read. Raises ValueError if there is no checkpoint.
+    The optimizer's arrays are not read; of a run with a moving average of the weights, that is
+    what params are. Raises ValueError if there is no checkpoint.
     """
     directory = pathlib.Path(run_dir).absolute() / "checkpoints"
     if not directory.is_dir():
@@ -81,11 +82,12 @@ def restore_model(run_dir: str, step: int | None = None) -> tuple:
     path = directory / str(step) / "state"
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         tree = reader.metadata(path).item_metadata.tree
-        wanted = {part: tree[part] for part in ("params", "variables") if part in tree}
+        weights = "ema" if "ema" in tree else "params"
+        wanted = {part: tree[part] for part in (weights, "variables") if part in tree}
         wanted = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         read = reader.restore(
             path, args=ocp.args.PyTreeRestore(
                 item=wanted, restore_args=wanted, transforms={})
         )
     config = config_lib.from_json(about["about"]["config"])
-    return config.task, read["params"], read.get("variables", {}), step
+    return config.task, read[weights], read.get("variables", {}), step

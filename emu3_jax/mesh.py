@@ -9,17 +9,20 @@ replicated: ZeRO-3 is what "each mesh axis once, left to right" comes to.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 
-AXES = ("data", "fsdp", "context", "tensor")
+AXES = ("data", "fsdp", "fsdp_minor", "context", "tensor")  # the two fsdp act as one
 RULES = {  # a letter not listed is replicated
-    "B": ("data", "fsdp"),
+    "B": ("data", "fsdp", "fsdp_minor"),
     "T": ("context",),
-    "D": ("fsdp",),
+    "D": ("fsdp", "fsdp_minor"),
     "N": ("tensor",),
     "K": ("tensor",),
     "F": ("tensor",),
@@ -42,8 +45,9 @@ class Mesh:
         Raises ValueError if the sizes do not multiply to the number of devices.
         """
         devices = jax.devices() if devices is None else devices
-        sizes = [getattr(self, axis) for axis in AXES]
-        asked = "*".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+        names = [field.name for field in dataclasses.fields(self)]
+        sizes = list(dataclasses.astuple(self))
+        asked = "*".join(f"{axis}={size}" for axis, size in zip(names, sizes, strict=True))
         if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
             raise ValueError(f"mesh {asked}: sizes are 1 or more, and one of them may be -1")
         known = math.prod(size for size in sizes if size != -1)
@@ -54,7 +58,44 @@ class Mesh:
                 f"mesh {asked} does not fit {len(devices)} devices; "
                 f"the product must be {len(devices)} (-1 takes what is left)"
             )
-        return jax.make_mesh(tuple(sizes), AXES, (axis_type,) * len(AXES), devices=devices)
+        array = _arranged(sizes, devices)
+        minor = _minor(array[0, :, 0, 0])
+        array = array.reshape(sizes[0], -1, minor, *sizes[2:])
+        return jax.sharding.Mesh(array, AXES, axis_types=(axis_type,) * len(AXES))
+
+
+def _arranged(sizes: list[int], devices) -> np.ndarray:
+    """The devices as an array of these sizes: neighbours in a torus, slices apart along data."""
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    data, *inside = sizes
+    if data % slices:
+        raise ValueError(
+            f"data = {data} does not split over {slices} slices; take a multiple, so that only "
+            "data parallelism crosses the slow network between them"
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        [data // slices, *inside], [slices, *(1 for _ in inside)], devices,
+        allow_split_physical_axes=True,
+    )  # fmt: skip
+
+
+def _minor(devices) -> int:
+    """How many of the devices along fsdp, side by side, make up fsdp_minor.
+
+    XLA's reduce-scatter for TPU works along one dimension of a 2-D torus or two of a 3-D one; over
+    more it sums everything everywhere and then cuts, with twice the traffic and all of the memory.
+    So an axis that lies in more is cut where its first line of devices ends.
+    """
+    if devices[0].platform != "tpu":
+        return 1
+    coords = np.array([device.coords for device in devices])
+    spread = [np.any(coords[: i + 1] != coords[0], axis=0).sum() for i in range(len(coords))]
+    if spread[-1] <= (1 if "lite" in devices[0].device_kind else 2):
+        return 1
+    line = spread.index(2)
+    return line if len(devices) % line == 0 else 1
 
 
 def spec(dims: str) -> jax.P:
@@ -66,6 +107,11 @@ def shards(dims: str) -> list[int]:
     """Into how many pieces each of these dimensions is cut on the current mesh."""
     sizes = dict(jax.sharding.get_abstract_mesh().shape)
     return [math.prod(sizes[axis] for axis in axes) for axes in _axes(dims)]
+
+
+def sharders(dim: str) -> str:
+    """What a user sets to shard this dimension, as "data*fsdp"."""
+    return "*".join(axis for axis in RULES[dim] if hasattr(Mesh, axis))
 
 
 def _axes(dims: str) -> list[tuple[str, ...]]:
@@ -84,6 +130,60 @@ def sharding(mesh: jax.sharding.Mesh, dims: str) -> NamedSharding:
 def einsum(equation: str, *xs: jax.Array, **kwargs) -> jax.Array:
     """jnp.einsum whose result is laid out by the letters of its output."""
     return jnp.einsum(equation, *xs, out_sharding=spec(equation.split("->")[1]), **kwargs)
+
+
+def linear(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """einsum with a weight, cast to x's type, whose gradient is summed in the weight's own.
+
+    Left to itself the compiler sums a weight's gradient over all devices whole and then cuts it;
+    here each device gets the sum of its own piece only (see `weight_grad`).
+    """
+    return _linear(equation, x, w)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linear(equation, x, w):
+    return einsum(equation, x, w.astype(x.dtype))
+
+
+def _linear_forward(equation, x, w):
+    return _linear(equation, x, w), (x, w)
+
+
+def _linear_backward(equation, kept, dy):
+    x, w = kept
+    (dx,) = jax.vjp(lambda x: einsum(equation, x, w.astype(x.dtype)), x)[1](dy)
+    inputs, y_dims = equation.split("->")
+    x_dims, w_dims = inputs.split(",")
+    return dx, weight_grad(f"{x_dims},{y_dims}->{w_dims}", x, dy).astype(w.dtype)
+
+
+_linear.defvjp(_linear_forward, _linear_backward)
+
+
+def weight_grad(equation: str, x: jax.Array, dy: jax.Array) -> jax.Array:
+    """A float32 einsum that sums over sharded dimensions, as in "BTD,BTF->DF".
+
+    Each device multiplies what it has; the products are reduce-scattered over the mesh axes that
+    shard the result, and summed whole over the others.
+    """
+    inputs, w_dims = equation.split("->")
+    x_dims, y_dims = inputs.split(",")
+    layout = dict(zip(x_dims, _axes(x_dims), strict=True))
+    summed = [axis for dim in x_dims if dim not in w_dims for axis in layout[dim]]
+
+    def local(x, dy):
+        w = jnp.einsum(equation, x, dy, preferred_element_type=jnp.float32)
+        whole = list(summed)
+        for place, axes in enumerate(_axes(w_dims)):
+            for axis in axes:
+                if axis in summed:
+                    w = jax.lax.psum_scatter(w, axis, scatter_dimension=place, tiled=True)
+                    whole.remove(axis)
+        return jax.lax.psum(w, tuple(whole)) if whole else w
+
+    return jax.shard_map(local, in_specs=(spec(x_dims), spec(y_dims)), out_specs=spec(w_dims),
+                         check_vma=False)(place(x, x_dims), place(dy, y_dims))  # fmt: skip
 
 
 def place(x: jax.Array, dims: str) -> jax.Array:

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import optax
 
 
@@ -11,7 +13,8 @@ class AdamW:
     fine-tuning script (betas 0.9 and 0.95, eps 1e-6, decay 0.1, clip 5).
 
     `rate` is the peak, reached after `warmup` steps; `final` the fraction of it left at the end;
-    `clip` bounds the global gradient norm.
+    `clip` bounds the global gradient norm. `moments` is the type both moments are kept in between
+    steps (they are computed in float32); `offload` keeps them in the host's memory.
     """
 
     rate: float = 5e-5
@@ -22,6 +25,8 @@ class AdamW:
     eps: float = 1e-6
     weight_decay: float = 0.1
     clip: float = 5.0
+    moments: str = "float32"
+    offload: bool = False
 
     def schedule(self, steps: int) -> optax.Schedule:
         """The learning rate at each of `steps` steps."""
@@ -32,8 +37,36 @@ class AdamW:
 
     def make(self, steps: int, decays) -> optax.GradientTransformation:
         """The optimizer; `decays` is a tree of bools, True where weight decay applies."""
+        adamw = optax.adamw(self.schedule(steps), self.b1, self.b2, self.eps,
+                            weight_decay=self.weight_decay, mask=decays)  # fmt: skip
         return optax.chain(
-            optax.clip_by_global_norm(self.clip),
-            optax.adamw(self.schedule(steps), self.b1, self.b2, self.eps,
-                        weight_decay=self.weight_decay, mask=decays),
+            optax.clip_by_global_norm(self.clip), kept(adamw, self.moments, self.offload)
         )
+
+
+def kept(
+    inner: optax.GradientTransformation, dtype: str, offload: bool
+) -> optax.GradientTransformation:
+    """`inner`, its arrays kept as `dtype`, and on the host if asked, from one update to the next.
+
+    Scalars (counts) stay as they are.
+    """
+
+    def put(tree, dtype, space):
+        def one(x):
+            if not x.ndim:
+                return x
+            x = x.astype(dtype)
+            return jax.device_put(x, space) if offload else x
+
+        return jax.tree.map(one, tree)
+
+    def init(params):
+        return put(inner.init(params), dtype, jax.memory.Space.Host)
+
+    def update(grads, state, params):
+        state = put(state, jnp.float32, jax.memory.Space.Device)
+        updates, state = inner.update(grads, state, params)
+        return updates, put(state, dtype, jax.memory.Space.Host)
+
+    return optax.GradientTransformation(init, update)

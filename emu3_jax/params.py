@@ -9,7 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from emu3_jax.mesh import RULES, shards, spec
+from emu3_jax.mesh import sharders, shards, spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ def init(tree, key: jax.Array):
             if size % parts:
                 raise ValueError(
                     f"weight {param.dims}: {dim} = {size} does not split over "
-                    f"{'*'.join(RULES[dim])} = {parts}; change that size or the mesh"
+                    f"{sharders(dim)} = {parts}; change that size or the mesh"
                 )
     keys = jax.random.split(key, len(leaves))
     return treedef.unflatten(p.init(k) for p, k in zip(leaves, keys, strict=True))

@@ -8,18 +8,22 @@ from typing import Any
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import serialize_executable
 from jax.sharding import AxisType
 
-from emu3_jax import checkpoint, config, metrics, optim
-from emu3_jax.mesh import Mesh, sharding, shards
+from emu3_jax import checkpoint, chips, config, metrics, optim
+from emu3_jax.mesh import Mesh, sharders, sharding, shards, spec
 
 
 class Task:
     """What is trained: weights, a pure loss, and perhaps arrays that no gradient trains."""
 
     axis_type = AxisType.Explicit  # how the mesh axes are typed while this task runs
+    policies = ()  # of rematerialisation, from least to most recomputation, where there are any
+    row = {}  # types of a batch's arrays by name, where all are [B, T]
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
         """Initial (weights, variables); variables are e.g. batch statistics."""
@@ -28,6 +32,15 @@ class Task:
     def loss(self, params, variables, batch, key) -> tuple[jax.Array, tuple[Any, dict]]:
         """(loss, (variables, metrics)) of one batch; metrics are scalars by name."""
         raise NotImplementedError
+
+    def weight(self, batch) -> jax.Array | float:
+        """What `loss` is a mean over, so that means of parts of a batch can be put together."""
+        return 1.0
+
+    def counts(self, batch) -> dict:
+        """What a batch holds, without a model: perhaps tokens, flops and flops_dense (see
+        metrics.py)."""
+        return {}
 
     def after_update(self, params, variables, step, key) -> tuple[Any, Any]:
         """What happens to the state after the optimizer's update, e.g. codebook restarts."""
@@ -45,6 +58,13 @@ class Train:
     `initial`, a run directory (as configs/convert.py makes of a published model, too), gives the
     weights and variables to start from instead of random ones.
 
+    A batch may be taken in `accumulate` parts, one after the other, for one update. With `ema`
+    (0.999, say) a moving average of the weights is kept, which is what others then load.
+
+    With a task whose remat is "auto", the policy is the one that recomputes least of those whose
+    step leaves the share `margin` of the device's memory free. `executable` is a step compiled
+    elsewhere (see compile.py), `xla_cache` a directory in which XLA keeps what it compiles.
+
     `data.rows()` is a Grain MapDataset of rows without end, each a pure function of its index;
     step s takes rows s*batch ... s*batch + batch - 1, so the step is all the data state there is.
     """
@@ -55,34 +75,65 @@ class Train:
     initial: str = ""
     steps: int = 1000
     batch: int = 32
+    accumulate: int = 1
+    ema: float = 0.0
     optimizer: optim.AdamW = dataclasses.field(default_factory=optim.AdamW)
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     seed: int = 0
     log_every: int = 20
     save_every: int = 200
     keep: int = 2
+    margin: float = 0.1
+    executable: str = ""
+    xla_cache: str = ""
 
     def run(self) -> None:
         """Trains to the last step, or says that it has been reached."""
+        if self.xla_cache:
+            jax.config.update("jax_compilation_cache_dir", self.xla_cache)
         device_mesh = self.mesh.make(axis_type=self.task.axis_type)
         with jax.set_mesh(device_mesh), checkpoint.Checkpoints(self.run_dir, self.keep) as saved:
             start = saved.latest() or 0
             if start >= self.steps:
                 print(f"{self.run_dir}: trained ({start} steps)")
                 return
-            optimizer = self.optimizer.make(self.steps, self.task.decays())
-            make = jax.jit(functools.partial(init, self.task, optimizer))
             if start:
                 self._check_same_run(saved.config(start))
-                abstract = abstract_state(make, self.seed, device_mesh)
-                state = saved.restore(start, abstract)
+                state = saved.restore(start, self.abstract_state(device_mesh))
                 print(f"{self.run_dir}: goes on at step {start}")
             else:
-                state = make(self.seed)
+                state = self.make()(self.seed)
                 if self.initial:
                     state |= initial_weights(self.initial, state)
                 self._write_config(state)
-            self._loop(start, state, optimizer, device_mesh, saved)
+            self._loop(start, state, device_mesh, saved)
+
+    def make(self):
+        """The compiled function from a seed to the state before the first step."""
+        return jax.jit(functools.partial(init, self.task, self._optimizer(), ema=self.ema))
+
+    def abstract_state(self, device_mesh):
+        """Shapes and layouts of the training state, which is not made."""
+        return abstract_state(self.make(), self.seed, device_mesh)
+
+    def step_fn(self):
+        """The update (state, batch, step) -> (state, metrics); it consumes the state."""
+        step = functools.partial(
+            train_step, self.task, self._optimizer(), self.seed, accumulate=self.accumulate,
+            ema=self.ema,
+        )  # fmt: skip
+        return jax.jit(step, donate_argnums=0)
+
+    def arguments(self, device_mesh) -> tuple:
+        """Shapes and layouts of what `step_fn` takes, for packed rows of `data.length`."""
+        shape, layout = (self.batch, self.data.length), sharding(device_mesh, "BT")
+        batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout)
+                 for name, dtype in self.task.row.items()}  # fmt: skip
+        step = jax.ShapeDtypeStruct((), "int32", sharding=sharding(device_mesh, ""))
+        return self.abstract_state(device_mesh), batch, step
+
+    def _optimizer(self) -> optax.GradientTransformation:
+        return self.optimizer.make(self.steps, self.task.decays())
 
     def _check_same_run(self, saved: dict) -> None:
         """Raises ValueError if the checkpoint is of another task; tells of what else changed."""
@@ -96,29 +147,91 @@ class Train:
             print(f"{self.run_dir}: changed since the checkpoint: {change}")
 
     def _write_config(self, state) -> None:
+        if jax.process_index():
+            return
         run_dir = pathlib.Path(self.run_dir)
         (run_dir / "config.json").write_text(json.dumps(config.to_json(self), indent=1) + "\n")
         weights = sum(x.size for x in jax.tree.leaves(state["params"]))
         print(f"{self.run_dir}: {weights:,} weights, {self.steps} steps of {self.batch} rows")
 
-    def _loop(self, start, state, optimizer, device_mesh, saved) -> None:
-        step_fn = jax.jit(
-            functools.partial(train_step, self.task, optimizer, self.seed), donate_argnums=0
-        )
+    def _loop(self, start, state, device_mesh, saved) -> None:
+        step_fn = self._ready(device_mesh)
         rows = self.data.rows()
         name = pathlib.Path(self.run_dir).name
         with metrics.Metrics(self.run_dir, name, start, self.steps) as log:
-            batches = batches_from(rows, self.batch, start, self.steps, device_mesh)
+            batches = batches_from(
+                rows, self.batch, start, self.steps, device_mesh, self.accumulate
+            )
+            waiting = None
             for step, batch in zip(range(start, self.steps), batches, strict=True):
                 state, values = step_fn(state, batch, step)
                 done = step + 1
+                if waiting:  # the devices have their next step: reading the last one costs nothing
+                    _report(log, *waiting)
                 saves = done % self.save_every == 0 or done == self.steps
-                if saves or done % self.log_every == 0 or step == start:
-                    figures = {key: float(value) for key, value in values.items()}
-                    log.write(done, figures)
-                    _check_finite(done, figures)  # before saving: no run goes on from such a step
-                if saves:
+                shown = saves or done % self.log_every == 0 or step == start
+                waiting = (done, values) if shown else None
+                if saves:  # never from a step that was not finite
+                    _report(log, *waiting)
+                    waiting = None
                     saved.save(done, state, self)
+
+    def _ready(self, device_mesh):
+        """`step_fn`, compiled before if that is asked for."""
+        if self.executable:
+            payload = pathlib.Path(self.executable).read_bytes()
+            arguments = self.arguments(device_mesh)
+            trees = [jax.tree.structure((x, {})) for x in
+                     (arguments, jax.eval_shape(self.step_fn(), *arguments))]  # fmt: skip
+            in_tree, out_tree = trees[0], trees[1]
+            return serialize_executable.deserialize_and_load(payload, in_tree, out_tree)
+        if getattr(self.task, "remat", "") == "auto":
+            chosen, compiled = fitting(self, device_mesh)
+            print(f"{self.run_dir}: remat {chosen.task.remat}")
+            return compiled
+        return self.step_fn()
+
+
+def fitting(job: Train, device_mesh) -> tuple[Train, Any]:
+    """(job, its step compiled ahead of time) with remat settled.
+
+    "auto" takes the first policy, from least to most recomputation, that fits the memory of the
+    mesh's devices less the job's margin; the last if none does.
+    """
+    task = job.task
+    policies = task.policies if task.remat == "auto" else [task.remat]
+    limit = memory_limit(device_mesh.devices.flat[0])
+    with jax.set_mesh(device_mesh):
+        for policy in policies:
+            job = dataclasses.replace(job, task=dataclasses.replace(task, remat=policy))
+            try:
+                compiled = job.step_fn().lower(*job.arguments(device_mesh)).compile()
+            except jax.errors.JaxRuntimeError as error:  # TPU's compiler refuses what can't fit
+                if "RESOURCE_EXHAUSTED" not in str(error) or policy == policies[-1]:
+                    raise
+                continue
+            if limit is None or memory_needed(compiled) <= limit * (1 - job.margin):
+                break
+    return job, compiled
+
+
+def memory_needed(compiled) -> int:
+    """Bytes a device needs for a compiled program: arguments, results and all between."""
+    memory = compiled.memory_analysis()
+    kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return max(memory.peak_memory_in_bytes, kept + memory.temp_size_in_bytes)
+
+
+def memory_limit(device) -> int | None:
+    """Bytes of a device's memory; None if nobody says."""
+    known = chips.chip(device)
+    return int(known.memory * 2**30) if known else None
+
+
+def _report(log: metrics.Metrics, step: int, values: dict) -> None:
+    figures = {key: float(value) for key, value in values.items()}
+    log.write(step, figures)
+    _check_finite(step, figures)
 
 
 def _check_finite(step: int, figures: dict[str, float]) -> None:
@@ -131,10 +244,11 @@ def _check_finite(step: int, figures: dict[str, float]) -> None:
         )
 
 
-def init(task: Task, optimizer: optax.GradientTransformation, seed: int) -> dict:
-    """The state before the first step: params, variables and the optimizer's arrays."""
+def init(task: Task, optimizer: optax.GradientTransformation, seed: int, ema: float = 0.0) -> dict:
+    """The state before the first step: params, variables, the optimizer's arrays, perhaps ema."""
     params, variables = task.init(jax.random.key(seed))
-    return dict(params=params, variables=variables, optimizer=optimizer.init(params))
+    state = dict(params=params, variables=variables, optimizer=optimizer.init(params))
+    return state | (dict(ema=params) if ema else {})
 
 
 def initial_weights(run_dir: str, state: dict) -> dict:
@@ -143,14 +257,15 @@ def initial_weights(run_dir: str, state: dict) -> dict:
     Raises ValueError if they are not the same arrays.
     """
     _, params, variables, _ = checkpoint.restore_model(run_dir)
-    found, wanted = dict(params=params, variables=variables), dict(state)
-    del wanted["optimizer"]
+    found = dict(params=params, variables=variables)
+    wanted = {part: state[part] for part in found}
     shapes = [jax.tree.map(lambda x: tuple(x.shape), tree) for tree in (found, wanted)]
     if shapes[0] != shapes[1]:
         raise ValueError(f"initial={run_dir} holds a model of other sizes; make the task fit it")
-    return jax.tree.map(
+    found = jax.tree.map(
         lambda new, old: jax.device_put(new.astype(old.dtype), old.sharding), found, wanted
     )
+    return found | (dict(ema=jax.tree.map(jnp.copy, found["params"])) if "ema" in state else {})
 
 
 def abstract_state(make, seed, device_mesh):
@@ -158,37 +273,87 @@ def abstract_state(make, seed, device_mesh):
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(
             x.shape, x.dtype,
-            sharding=jax.sharding.NamedSharding(device_mesh, x.sharding.spec)
+            sharding=jax.sharding.NamedSharding(device_mesh, x.sharding.spec,
+                                                memory_kind=x.sharding.memory_kind)
             if x.sharding is not None else jax.sharding.NamedSharding(device_mesh, jax.P()),
         ),
         jax.eval_shape(make, seed),
     )
 
 
-def train_step(task: Task, optimizer, seed: int, state: dict, batch: dict, step) -> tuple:
+def train_step(
+    task: Task, optimizer, seed: int, state: dict, batch: dict, step, accumulate=1, ema=0.0
+) -> tuple:
     """One update -> (state, metrics). Random keys come from (seed, step) alone."""
     loss_key, update_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
-    grad_fn = jax.value_and_grad(task.loss, has_aux=True)
-    (loss, (variables, values)), grads = grad_fn(
-        state["params"], state["variables"], batch, loss_key
-    )
+    grads, variables, values = gradients(task, state, batch, loss_key, accumulate)
     updates, moments = optimizer.update(grads, state["optimizer"], state["params"])
     params = optax.apply_updates(state["params"], updates)
     params, variables = task.after_update(params, variables, step, update_key)
-    values = dict(loss=loss, **values, gradient_norm=optax.tree.norm(grads))
-    return dict(params=params, variables=variables, optimizer=moments), values
+    values |= dict(gradient_norm=optax.tree.norm(grads)) | task.counts(batch)
+    state = dict(state, params=params, variables=variables, optimizer=moments)
+    if ema:
+        state["ema"] = jax.tree.map(lambda old, new: ema * old + (1 - ema) * new, state["ema"],
+                                    params)  # fmt: skip
+    return state, values
 
 
-def batches_from(rows: grain.MapDataset, batch: int, start: int, stop: int, device_mesh):
+def gradients(task: Task, state: dict, batch: dict, key, accumulate: int) -> tuple:
+    """(gradients, variables, metrics) of a batch, taken in `accumulate` parts.
+
+    The gradient is that of the whole batch's mean loss. A metric is the mean over the parts,
+    weighed as the loss is.
+    """
+    total = task.weight(batch)
+
+    def part(variables, batch, key):
+        def share(params):
+            loss, aux = task.loss(params, variables, batch, key)
+            weight = task.weight(batch) / total if accumulate > 1 else 1.0
+            return loss * weight, (loss, weight, aux)
+
+        grads, (loss, weight, (variables, values)) = jax.grad(share, has_aux=True)(state["params"])
+        return grads, variables, {k: v * weight for k, v in dict(loss=loss, **values).items()}
+
+    if accumulate == 1:
+        return part(state["variables"], batch, key)
+
+    def add(carry, inputs):
+        old_grads, variables, old_values = carry
+        grads, variables, values = part(variables, *inputs)
+        add = functools.partial(jax.tree.map, jnp.add)
+        return (add(old_grads, grads), variables, add(old_values, values)), None
+
+    parts = jax.tree.map(lambda x: _parts(x, accumulate), batch)
+    keys = jax.random.split(key, accumulate)
+    first = part(state["variables"], jax.tree.map(lambda x: x[0], parts), keys[0])
+    rest = jax.tree.map(lambda x: x[1:], parts), keys[1:]
+    return jax.lax.scan(add, first, rest)[0]
+
+
+def _parts(x_B, count: int):
+    """Rows in `count` parts along a new first axis, such that no row changes its device."""
+    layout = jax.P(*spec("B"), *(None,) * x_B.ndim)
+    if x_B.ndim == 2:
+        layout = jax.P(*spec("B"), None, *spec("T"))
+    shape = (len(x_B) // count, count, *x_B.shape[1:])
+    return jnp.moveaxis(jax.lax.reshape(x_B, shape, out_sharding=layout), 1, 0)
+
+
+def batches_from(
+    rows: grain.MapDataset, batch: int, start: int, stop: int, device_mesh, accumulate: int = 1
+):
     """Batches of steps start ... stop-1 on the mesh.
 
     Each process reads only its own rows of a batch, which the mesh keeps together: equal blocks.
     """
     layout = sharding(device_mesh, "B")
     (parts,) = shards("B")
-    if batch % parts:
+    if batch % (parts * accumulate):
+        often = f" in {accumulate} parts" if accumulate > 1 else ""
         raise ValueError(
-            f"batch {batch} does not split over data*fsdp = {parts}; take a multiple of {parts}"
+            f"batch {batch} does not split{often} over {sharders('B')} = {parts}; "
+            f"take a multiple of {parts * accumulate}"
         )
     pieces = layout.addressable_devices_indices_map((batch,)).values()
     first = min(piece.indices(batch)[0] for (piece,) in pieces)

@@ -13,19 +13,24 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from emu3_jax import params as params_lib
 from emu3_jax.attention import attention, balanced
 from emu3_jax.kernels import mask
-from emu3_jax.loss import cross_entropy
-from emu3_jax.mesh import einsum, place, spec
+from emu3_jax.loss import HIDDEN, cross_entropy
+from emu3_jax.mesh import einsum, linear, place, spec
 from emu3_jax.params import Param
 from emu3_jax.train import Task
 
-# remat policy by name -> what the backward pass finds saved instead of computing it again
+# remat policy by name, from least to most recomputation -> what the backward pass finds saved
+# instead of computing it again: "dots" every matrix product and attention, "attention" all but the
+# feed-forward's. train.fitting tries them in this order where remat is "auto".
+_saved = jax.checkpoint_policies.save_only_these_names
 REMAT = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": _saved("attention", "qkv", "ffn"),
+    "attention": _saved("attention", "qkv"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -38,9 +43,12 @@ class Transformer(Task):
     text apart. `dropout` acts on embeddings, both residual branches and attention probabilities,
     as in the released modelling code, and only while training. `init_std` is the standard
     deviation of every initial matrix. `context` says how attention meets rows cut over the mesh
-    axis of that name: "gather" or "ring" (see attention.py). `loss_chunk` is in positions.
-    `unroll` layers are compiled one by one in each round of the loop over layers: more
-    compilation, and on CPU twice the speed.
+    axis of that name: "gather" or "ring" (see attention.py). The weights hold ids up to a multiple
+    of `vocab_multiple`, which a mesh can split; those beyond `vocab` are never predicted, and
+    leave with the conversion to PyTorch. `loss_tile` is in ids (see loss.py), `z_loss` the weight
+    of the squared log partition sum (PaLM, arXiv 2204.02311, takes 1e-4). `unroll` layers are
+    compiled one by one in each round of the loop over layers: more compilation, and on CPU twice
+    the speed.
     """
 
     layers: int = 32
@@ -58,13 +66,19 @@ class Transformer(Task):
     dtype: str = "bfloat16"
     context: str = "gather"
     remat: str = "full"
-    loss_chunk: int = 1024
+    vocab_multiple: int = 1
+    loss_tile: int = 8192
+    z_loss: float = 0.0
     unroll: int = 1
+
+    policies = tuple(REMAT)
+    row = dict(tokens="int32", targets="int32", segments="int32", positions="int32",
+               weights="float32")  # fmt: skip
 
     def params(self) -> dict:
         """The weights as a tree of `Param`; layers are stacked on a leading L."""
         sizes = dict(L=self.layers, D=self.width, N=self.heads, K=self.kv_heads, H=self.head_dim,
-                     F=self.ffn, V=self.vocab)
+                     F=self.ffn, V=-(-self.vocab // self.vocab_multiple) * self.vocab_multiple)
 
         def norm(dims):
             return Param(dims, tuple(sizes[dim] for dim in dims))
@@ -105,17 +119,44 @@ class Transformer(Task):
         x_BTD, _ = self.hidden(
             params, batch["tokens"], batch["segments"], batch["positions"], key=key
         )
-        head_DV = params["head"].astype(self.dtype)
-        nll_BT = cross_entropy(x_BTD, head_DV, batch["targets"], self.loss_chunk)
+        nll_BT, lse_BT = cross_entropy(
+            x_BTD, params["head"], batch["targets"], self.vocab, self.loss_tile
+        )
         weights_BT = batch["weights"]
-        loss = jnp.sum(nll_BT * weights_BT) / jnp.maximum(jnp.sum(weights_BT), 1e-9)
-        metrics = dict(tokens=jnp.sum(batch["segments"] > 0))
+        total = jnp.sum((nll_BT + self.z_loss * lse_BT**2) * weights_BT)
+        loss = total / jnp.maximum(jnp.sum(weights_BT), 1e-9)
+        metrics = {}
         visual_BT = batch["targets"] >= self.first_visual
         for name, kind_BT in dict(text=~visual_BT, vision=visual_BT).items():
             counted_BT = kind_BT & (weights_BT > 0)
             total = jnp.sum(jnp.where(counted_BT, nll_BT, 0))
             metrics[f"loss_{name}"] = total / jnp.maximum(jnp.sum(counted_BT, dtype=jnp.float32), 1)
         return loss, (variables, metrics)
+
+    def weight(self, batch) -> jax.Array:
+        """The sum of the targets' weights: what the loss is a mean over."""
+        return jnp.sum(batch["weights"])
+
+    def counts(self, batch) -> dict:
+        """Tokens of a batch, and the FLOPs of training on it (see `flops`).
+
+        `flops` counts what the packing leaves to do: real tokens, and the pairs of query and key
+        within a document. `flops_dense` counts every row as one document without padding.
+        """
+        here_BT = batch["segments"] > 0
+        tokens = jnp.sum(here_BT)
+        pairs = jnp.sum(jnp.where(here_BT, batch["positions"] + 1, 0), dtype=jnp.float32)
+        B, T = batch["segments"].shape
+        return dict(tokens=tokens, flops=self.flops(tokens, pairs),
+                    flops_dense=self.flops(B * T, B * T * (T + 1) / 2) + 0 * pairs)  # fmt: skip
+
+    def flops(self, tokens, pairs):
+        """Of a training step, recomputation left out: 6 a weight of a matrix and token, and 12 a
+        head dimension and pair of query and key that sees it (PaLM, arXiv 2204.02311, app. B)."""
+        matrices = params_lib.count([p for p in jax.tree.leaves(self.params()) if p.std])
+        rows = -(-self.vocab // self.vocab_multiple) * self.vocab_multiple
+        matrices -= self.width * (2 * rows - self.vocab)  # the embedding, and padding of the head
+        return 6.0 * matrices * tokens + 12.0 * self.layers * self.heads * self.head_dim * pairs
 
     def logits(self, params, tokens_BT, segments_BT, positions_BT) -> jax.Array:
         """Scores of the next token at every position -> float32 logits_BTV."""
@@ -125,7 +166,9 @@ class Transformer(Task):
     def scores(self, params, x_BTD) -> jax.Array:
         """Final hidden states -> float32 logits_BTV."""
         head_DV = params["head"].astype(self.dtype)
-        return einsum("BTD,DV->BTV", x_BTD, head_DV, preferred_element_type=jnp.float32)
+        logits_BTV = einsum("BTD,DV->BTV", x_BTD, head_DV, preferred_element_type=jnp.float32)
+        id_V = place(jnp.arange(head_DV.shape[1]), "V")
+        return jnp.where(id_V < self.vocab, logits_BTV, HIDDEN)
 
     def hidden(self, params, tokens_BT, segments_BT, positions_BT, cache=None, key=None):
         """Final hidden states x_BTD, and the cache with these tokens added (None without one).
@@ -144,7 +187,6 @@ class Transformer(Task):
 
         def layer(x_BTD, inputs):
             p, index, kv = inputs
-            p = jax.tree.map(lambda w: w.astype(self.dtype), p)
             keys = jax.random.split(jax.random.fold_in(key, index), 3)
             h_BTD = _rms_norm(x_BTD, p["attn"]["norm"], self.norm_eps)
             h_BTD, kv = _attend(p["attn"], h_BTD, rope, where, kv, self.context, rate, keys[0])
@@ -153,8 +195,7 @@ class Transformer(Task):
             x_BTD += _dropout(_mlp(p["mlp"], h_BTD), where, keys[2], rate)
             return x_BTD, kv
 
-        table_VD = place(params["embed"].astype(self.dtype), "..")
-        x_BTD = table_VD.at[tokens_BT].get(out_sharding=spec("BTD"))
+        x_BTD = _embed(params["embed"], tokens_BT, self.dtype)
         x_BTD = _dropout(x_BTD, where, jax.random.fold_in(key, self.layers), rate)
         if self.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT[self.remat], prevent_cse=False)
@@ -199,25 +240,45 @@ class Where(NamedTuple):
         )
 
 
+def _embed(table_VD, tokens_BT, dtype):
+    """Rows of a table of which no device holds more than its piece, as `dtype`.
+
+    The devices that cut D look up one another's tokens, each in its own columns, and swap; those
+    that cut V add up what each one has. So what travels is as large as the result, not the table.
+    """
+    (cut_V, cut_D) = spec("VD")
+
+    def local(table_VD, tokens_BT):
+        tokens_BT = jax.lax.all_gather(tokens_BT, cut_D, axis=0, tiled=True)
+        row_BT = tokens_BT - jax.lax.axis_index(cut_V) * len(table_VD)
+        held_BT = (row_BT >= 0) & (row_BT < len(table_VD))
+        x_BTD = jnp.where(held_BT[..., None], table_VD[jnp.where(held_BT, row_BT, 0)], 0)
+        swap = dict(split_axis=0, concat_axis=2, tiled=True)
+        return jax.lax.psum(jax.lax.all_to_all(x_BTD.astype(dtype), cut_D, **swap), cut_V)
+
+    layout = dict(in_specs=(spec("VD"), spec("BT")), out_specs=spec("BTD"), check_vma=False)
+    return jax.shard_map(local, **layout)(place(table_VD, "VD"), place(tokens_BT, "BT"))
+
+
 def _attend(p, h_BTD, rope, where, kv, context, dropout, key):
     """The attention branch of one layer, and its keys and values with the new ones (or None)."""
-    q_BTNH = rope(einsum("BTD,DNH->BTNH", h_BTD, p["q"]))
-    k_BSKH = rope(einsum("BTD,DKH->BTKH", h_BTD, p["k"]))
-    v_BSKH = einsum("BTD,DKH->BTKH", h_BTD, p["v"])
+    q_BTNH = checkpoint_name(rope(linear("BTD,DNH->BTNH", h_BTD, p["q"])), "qkv")
+    k_BSKH = checkpoint_name(rope(linear("BTD,DKH->BTKH", h_BTD, p["k"])), "qkv")
+    v_BSKH = checkpoint_name(linear("BTD,DKH->BTKH", h_BTD, p["v"]), "qkv")
     if kv is not None:
         k_BSKH = _write(kv["k"], k_BSKH, where.index, "BSKH")
         v_BSKH = _write(kv["v"], v_BSKH, where.index, "BSKH")
         kv = dict(k=k_BSKH, v=v_BSKH)
     o_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, *where[:4], dropout=dropout, key=key,
                        context=context)
-    return einsum("BTNH,NHD->BTD", o_BTNH, p["o"]), kv
+    return checkpoint_name(linear("BTNH,NHD->BTD", o_BTNH, p["o"]), "attention"), kv
 
 
 def _mlp(p, h_BTD):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
-    gate_BTF = jax.nn.silu(einsum("BTD,DF->BTF", h_BTD, p["gate"]))
-    up_BTF = einsum("BTD,DF->BTF", h_BTD, p["up"])
-    return einsum("BTF,FD->BTD", gate_BTF * up_BTF, p["down"])
+    gate_BTF = checkpoint_name(linear("BTD,DF->BTF", h_BTD, p["gate"]), "ffn")
+    up_BTF = checkpoint_name(linear("BTD,DF->BTF", h_BTD, p["up"]), "ffn")
+    return linear("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, p["down"])
 
 
 def _rms_norm(x, scale, eps):

@@ -55,7 +55,7 @@ def batches() -> list[dict[str, np.ndarray]]:
 def two_steps(device_mesh, batches, context: str = "gather") -> list[dict]:
     """Metrics, gradients and weights of two training steps with dropout, as NumPy arrays."""
     # Several chunks on every device.
-    model = toy.model(dropout=0.1, loss_chunk=2, context=context)
+    model = toy.model(dropout=0.1, loss_tile=16, context=context)
     optimizer = remembering(model)
     with jax.set_mesh(device_mesh):
         make = jax.jit(functools.partial(train.init, model, optimizer))
@@ -125,10 +125,10 @@ def test_initial_weights_are_the_same_on_every_mesh():
 
 
 def test_letters_choose_the_axes_and_no_axis_twice():
-    assert mesh.spec("BTD") == jax.P(("data", "fsdp"), ("context",), None)
-    assert mesh.spec("BSKH") == jax.P(("data", "fsdp"), None, ("tensor",), None)
-    assert mesh.spec("LDNH") == jax.P(None, ("fsdp",), ("tensor",), None)
-    assert mesh.spec("VD") == jax.P(("tensor",), ("fsdp",))
+    assert mesh.spec("BTD") == jax.P(("data", "fsdp", "fsdp_minor"), ("context",), None)
+    assert mesh.spec("BSKH") == jax.P(("data", "fsdp", "fsdp_minor"), None, ("tensor",), None)
+    assert mesh.spec("LDNH") == jax.P(None, ("fsdp", "fsdp_minor"), ("tensor",), None)
+    assert mesh.spec("VD") == jax.P(("tensor",), ("fsdp", "fsdp_minor"))
     assert mesh.spec("NK.") == jax.P(("tensor",), None, None)
     assert mesh.spec("") == jax.P()
     with jax.set_mesh(mesh.Mesh(data=2, fsdp=2, context=2).make()):
@@ -148,11 +148,11 @@ def test_placing_and_einsum_lay_out_by_their_letters():
         np.testing.assert_array_equal(y_BTF, np.asarray(x_BTD).sum(-1, keepdims=True) * np.ones(6))
 
 
-def test_a_training_step_never_holds_the_logits_of_a_whole_batch():
-    V, rows, length = 211, 4, 32  # 211 is prime: only arrays over the vocabulary have its multiples
+def test_a_training_step_never_holds_the_logits_of_a_whole_vocabulary():
+    V, rows, length = 480, 5, 37  # only arrays over all positions have multiples of 185 values
 
-    def largest_over_vocabulary(chunk: int) -> int:
-        model = toy.model(vocab=V, loss_chunk=chunk)
+    def largest_over_positions(tile: int) -> int:
+        model = toy.model(vocab=V, loss_tile=tile)
         optimizer = optim.AdamW().make(10, model.decays())
         batch = toy.stack([toy.pack([list(range(20))], length)] * rows)
         with jax.set_mesh(mesh.Mesh().make(jax.devices()[:1])):
@@ -160,10 +160,10 @@ def test_a_training_step_never_holds_the_logits_of_a_whole_batch():
             step_fn = jax.jit(functools.partial(train.train_step, model, optimizer, 0))
             text = step_fn.lower(state, batch, 0).compile().as_text()
         sizes = {math.prod(map(int, dims.split(","))) for dims in re.findall(r"\[([\d,]+)\]", text)}
-        return max(size for size in sizes if size % V == 0)
+        return max(size for size in sizes if size % (rows * length) == 0)
 
-    assert largest_over_vocabulary(length) == rows * length * V
-    assert largest_over_vocabulary(4) == rows * 4 * V
+    assert largest_over_positions(V) == rows * length * V
+    assert largest_over_positions(240) == rows * length * 240
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from tokenizer import autoencoder, blocks, pixels, quantize, train, vq
+from tokenizer import autoencoder, blocks, patches, pixels, quantize, train, vq
 
 TINY = vq.VQConfig(
     codebook_size=16,
@@ -261,24 +261,83 @@ def test_training_is_deterministic(trained):
         np.testing.assert_array_equal(value, again[name], err_msg=name)
 
 
-def test_a_dead_code_restarts_at_a_recent_vector():
-    task = train.TokenizerTask(TINY, buffer_rows=32, restart_every=5, restart_until=100)
+def test_the_least_missed_code_restarts_where_the_error_is():
+    """Of two codes side by side one goes, and one that nobody hits; the far vectors get them."""
+    task = train.TokenizerTask(
+        TINY, buffer_rows=32, restart_every=5, restart_until=100, restart_share=2 / 16
+    )
     _, stats = vq.shapes(TINY)
-    buffer_RE = jnp.arange(32 * 4, dtype=jnp.float32).reshape(32, 4)
-    hits_K = jnp.full(16, 8.0).at[3].set(0.1)
+    codes_KE = 10 * jnp.eye(16, 4) + 100 * jnp.arange(16.0)[:, None]
+    codes_KE = codes_KE.at[7].set(codes_KE[6] + 0.01)
+    buffer_RE = jnp.concatenate([codes_KE, jnp.full((4, 4), -500.0), jnp.full((12, 4), 1e6)])
+    hits_K = jnp.full(16, 8.0).at[3].set(0.0).at[7].set(7.0)
     variables = task.variables(stats) | {
         "buffer_RE": buffer_RE, "hits_K": hits_K, "seen": jnp.int32(20)
     }  # fmt: skip
-    params = {"quantize.embedding": jnp.full((16, 4), -1.0)}
-    for step, expect in ((18, 0), (19, 1), (20, 0), (99, 0)):
+    params = {"quantize.embedding": codes_KE}
+    for step, expect in ((18, []), (19, [3, 7]), (20, []), (99, [])):
         after, left = task.after_update(params, variables, step, jax.random.key(step))
-        moved_K = (after["quantize.embedding"] != -1).any(-1)
-        assert moved_K.sum() == expect, step
-        if expect:
-            code_E = after["quantize.embedding"][3]
-            nearest_RE = buffer_RE[:20] - code_E  # rows that hold nothing yet are not taken
-            assert np.abs(nearest_RE).max(-1).min() < 5
-            assert left["hits_K"][3] == pytest.approx(hits_K.sum() / 16)
+        moved_K = (after["quantize.embedding"] != codes_KE).any(-1)
+        assert np.flatnonzero(moved_K).tolist() == expect, step
+        for code in expect:  # rows that hold nothing yet are not taken
+            np.testing.assert_array_equal(after["quantize.embedding"][code], buffer_RE[16])
+            assert left["hits_K"][code] == pytest.approx(hits_K.sum() / 16)
+
+
+def test_distance_to_the_nearest_other_code():
+    codes_KE = jax.random.normal(jax.random.key(0), (300, 4))  # more than one part
+    distance_KK = jnp.square(codes_KE[:, None] - codes_KE).sum(-1) + jnp.diag(jnp.full(300, 1e9))
+    got_K = quantize.distance_to_others(codes_KE)
+    np.testing.assert_allclose(got_K, distance_KK.min(1), rtol=1e-5)
+
+
+PATCHES = vq.VQConfig(
+    codebook_size=16, code_dim=4, latent_channels=4, width=32, multipliers=(1, 1, 2), res_blocks=1,
+    attention_levels=(2,),
+)  # fmt: skip
+
+
+def test_patches_make_a_code_of_its_own_pixels_alone():
+    """Before and after training steps; without `patches` the rest of the picture counts."""
+    x_BHWC = jnp.asarray(shapes_to_draw(8), jnp.float32) / 127.5 - 1
+    changed_BHWC = (-x_BHWC).at[:, 4:8, 8:12].set(x_BHWC[:, 4:8, 8:12])  # patch (1, 2) stays
+
+    def spread(params, stats):
+        model = vq.merge(PATCHES, params, stats)
+        z_BhwE, other_BhwE = map(model.image_latents, (x_BHWC, changed_BHWC))
+        return float(jnp.abs(z_BhwE - other_BhwE)[:, 1, 2].max() / z_BhwE.std())
+
+    for held in (True, False):
+        task = train.TokenizerTask(PATCHES, patches=held)
+        params, variables = task.init(jax.random.key(0))
+        before = spread(params, variables["stats"])
+        optimizer = optax.adam(1e-2)
+        moments = optimizer.init(params)
+        step = jax.jit(jax.grad(task.loss, has_aux=True))
+        for _ in range(3):
+            grads, (variables, _) = step(params, variables, {"image": x_BHWC}, None)
+            updates, moments = optimizer.update(grads, moments, params)
+            params = optax.apply_updates(params, updates)
+        after = spread(params, variables["stats"])
+        assert (max(before, after) < 0.02) if held else (min(before, after) > 0.2)
+
+
+def test_patches_start_as_an_orthonormal_transform():
+    """Of 4x4 pixels of 3 colours 32 features of 48 are kept: the energy of what is smooth."""
+    params = patches.start(PATCHES, vq.init(PATCHES, jax.random.key(0))[0], jax.random.key(1))
+    encoder = vq.merge(PATCHES, params, vq.init(PATCHES, jax.random.key(0))[1]).encoder
+    features = encoder.conv_in(jnp.eye(48).reshape(48, 4, 4, 3))
+    for level in encoder.down:
+        features = level(features)
+    made_48F = features.reshape(48, 64)[:, ::2] / patches.SMALL
+    np.testing.assert_allclose(made_48F.T @ made_48F, np.eye(32), atol=1e-5)
+    np.testing.assert_allclose(made_48F[:, :3].T, np.tile(np.eye(3), 16) / 4, atol=1e-6)
+
+
+def test_patches_that_do_not_fit():
+    with pytest.raises(ValueError, match="make the last multiplier twice the one before it"):
+        narrow = dataclasses.replace(TINY, multipliers=(1, 1))
+        train.TokenizerTask(narrow, patches=True).init(jax.random.key(0))
 
 
 def test_averaged_codes_are_the_mean_of_their_vectors():

@@ -168,7 +168,7 @@ def test_loss_and_metrics_by_their_formula(tiny):
     nll_BT = -np.take_along_axis(log_p_BTV, batch["targets"][..., None], axis=-1)[..., 0]
     weights_BT, visual_BT = batch["weights"], batch["targets"] >= toy.FIRST_VISUAL
     counted_BT = weights_BT > 0
-    assert variables == {} and int(metrics["tokens"]) == 5 + 9 + 5
+    assert variables == {} and int(model.weight(batch)) == weights_BT.sum()
     want = dict(
         loss=(nll_BT * weights_BT).sum() / weights_BT.sum(),
         loss_text=nll_BT[counted_BT & ~visual_BT].mean(),
@@ -178,30 +178,34 @@ def test_loss_and_metrics_by_their_formula(tiny):
         np.testing.assert_allclose(dict(loss=loss_, **metrics)[key], value, rtol=1e-5, err_msg=key)
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 6, 1024])
-def test_chunked_loss_equals_the_whole(chunk):
-    """Value and both gradients; 6 does not divide 16, 1,024 is more than there is."""
+@pytest.mark.parametrize("tile", [1, 12, 30, 1024])
+def test_tiled_loss_equals_the_whole(tile):
+    """Both results and all gradients, with 5 ids of padding; 30 does not divide 45."""
     keys = jax.random.split(jax.random.key(0), 3)
     x_BTD = jax.random.normal(keys[0], (2, 16, 8))
-    head_DV = jax.random.normal(keys[1], (8, 40))
+    head_DV = jax.random.normal(keys[1], (8, 45))
     targets_BT = jax.random.randint(keys[2], (2, 16), 0, 40)
     scale_BT = np.linspace(0, 1, 32, dtype=np.float32).reshape(2, 16)
 
     def whole(x_BTD, head_DV):
-        log_p_BTV = jax.nn.log_softmax(x_BTD @ head_DV)
-        return -jnp.take_along_axis(log_p_BTV, targets_BT[..., None], axis=-1)[..., 0]
+        lse_BT = jax.nn.logsumexp(x_BTD @ head_DV[:, :40], axis=-1)
+        logits_BTV = x_BTD @ head_DV
+        target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+        return lse_BT - target_BT, lse_BT
 
-    def chunked(x_BTD, head_DV):
-        return loss.cross_entropy(x_BTD, head_DV, targets_BT, chunk)
+    def tiled(x_BTD, head_DV):
+        return loss.cross_entropy(x_BTD, head_DV, targets_BT, 40, tile)
 
-    def grads(fn):
-        return jax.jit(lambda x, h: (
-            fn(x, h), jax.grad(lambda *a: jnp.sum(fn(*a) * scale_BT), argnums=(0, 1))(x, h)
-        ))(x_BTD, head_DV)  # fmt: skip
+    def scalar(fn, *inputs):
+        nll_BT, lse_BT = fn(*inputs)
+        return jnp.sum(nll_BT * scale_BT + lse_BT**2 * scale_BT[::-1])
 
-    for got, want in zip(jax.tree.leaves(grads(chunked)), jax.tree.leaves(grads(whole)),
-                         strict=True):  # fmt: skip
-        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+    def results(fn):
+        grad = jax.grad(functools.partial(scalar, fn), argnums=(0, 1))
+        return jax.jit(lambda *inputs: (fn(*inputs), grad(*inputs)))(x_BTD, head_DV)
+
+    for got, want in zip(*map(jax.tree.leaves, (results(tiled), results(whole))), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-5)
 
 
 def test_saving_or_recomputing_gives_the_same_gradients():

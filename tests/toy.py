@@ -17,7 +17,7 @@ VOCAB, FIRST_VISUAL, PAD = 48, 32, 0
 def model(**fields) -> Transformer:
     """Two layers of width 16, 4 heads over 2; large initial weights, so that attention matters."""
     sizes = dict(layers=2, width=16, heads=4, kv_heads=2, head_dim=8, ffn=24, vocab=VOCAB)
-    rest = dict(first_visual=FIRST_VISUAL, init_std=0.3, dtype="float32", loss_chunk=4)
+    rest = dict(first_visual=FIRST_VISUAL, init_std=0.3, dtype="float32", loss_tile=16)
     return Transformer(**sizes | rest | fields)
 
 

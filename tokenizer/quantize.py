@@ -37,6 +37,17 @@ def nearest_code(z_E: jax.Array, codebook_KE: jax.Array) -> jax.Array:
     return code_N.reshape(z_E.shape[:-1])
 
 
+def distance_to_others(codebook_KE: jax.Array) -> jax.Array:
+    """Squared distance of each code to the nearest other one -> float32 [K]."""
+
+    def one(code_E, index):
+        distance_K = jnp.square(codebook_KE - code_E).sum(-1)
+        return jnp.where(jnp.arange(len(codebook_KE)) == index, jnp.inf, distance_K).min()
+
+    indices_K = jnp.arange(len(codebook_KE))
+    return jax.lax.map(lambda x: one(*x), (codebook_KE, indices_K), batch_size=256)
+
+
 def tile_nearest(z_NE: jax.Array, codes_kE: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The smallest distance to a tile (less |z|^2, which decides nothing) and the code's place."""
     dot_Nk = jnp.einsum("NE,kE->Nk", z_NE, codes_kE, precision=jax.lax.Precision.HIGHEST)

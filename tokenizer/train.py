@@ -15,9 +15,11 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 
 from emu3_jax.train import Task
-from tokenizer import pixels, quantize, vq
+from tokenizer import patches, pixels, quantize, vq
 
 JITTER = 0.02  # of the buffer's standard deviation: keeps codes apart that start on one vector
+RESTART_ROWS = 4096  # recent vectors of which some become codes
+RARE = 0.1  # of the uniform share of hits: a code with fewer does not count as used
 
 
 @dataclasses.dataclass
@@ -26,6 +28,10 @@ class TokenizerTask(Task):
 
     `variables` holds `stats` (batch norm), `buffer_RE` (recent encoder outputs, a ring), `seen`
     (how many went in) and `hits_K` (how often a code is used per step, a moving average).
+
+    At a restart the share `restart_share` of the codes moves: those that would be missed least
+    (few hits, or another code close by) to recent vectors, the likelier the farther from any code.
+    `patches` makes each code a function of its own patch alone (see patches.py).
     """
 
     config: vq.VQConfig
@@ -37,9 +43,10 @@ class TokenizerTask(Task):
     codebook_init_step: int = 16  # the codebook is placed after this many updates; -1: never
     restart_every: int = 20  # updates between restarts
     restart_until: int = 0  # no restart from this update on, so that codes settle
-    restart_below: float = 0.1  # of the uniform share of hits: fewer, and a code restarts
+    restart_share: float = 1 / 32
     hits_decay: float = 0.97
     average_codes: bool = False  # codes follow the mean of their vectors, not the gradient
+    patches: bool = False
 
     axis_type = AxisType.Auto  # convolutions carry no letters: XLA lays them out over the batch
 
@@ -54,6 +61,8 @@ class TokenizerTask(Task):
                 "where codes are placed; take a step of 1 or more"
             )
         params, stats = vq.init(self.config, key)
+        if self.patches:
+            params = patches.start(self.config, params, jax.random.fold_in(key, 1))
         return params, self.variables(stats)
 
     def variables(self, stats: vq.Arrays) -> dict:
@@ -77,6 +86,8 @@ class TokenizerTask(Task):
         x_BHWC = batch["image"]
         if x_BHWC.dtype == jnp.uint8:
             x_BHWC = pixels.to_float(x_BHWC)
+        if self.patches:
+            params = patches.hold(params)
         model = vq.merge(self.config, params, variables["stats"])
         z_BhwE = model.image_latents(x_BHWC, train=True)
         codes_Bhw = jax.lax.stop_gradient(model.quantize.nearest(z_BhwE))
@@ -100,7 +111,7 @@ class TokenizerTask(Task):
             "psnr": psnr(x_BHWC, y_BHWC),
             "usage": (hits_K > 0).mean(),
             "perplexity": perplexity(hits_K),
-            "usage_recent": (variables["hits_K"] >= self.dead_below(variables["hits_K"])).mean(),
+            "usage_recent": (variables["hits_K"] >= RARE * variables["hits_K"].mean()).mean(),
             "perplexity_recent": perplexity(variables["hits_K"]),
         }
         return loss, (variables, metrics)
@@ -112,19 +123,44 @@ class TokenizerTask(Task):
         name = "quantize.embedding"
         hits_K, codebook_KE = variables["hits_K"], params[name]
         done = step + 1
-        place = done == self.codebook_init_step
-        restart = (done > self.codebook_init_step) & (done < self.restart_until)
-        restart &= done % self.restart_every == 0
-        move_K = place | (restart & (hits_K < self.dead_below(hits_K)))
+        placed = done > self.codebook_init_step
         sums_KE = variables["sums_KE"]
         if self.average_codes:
             mean_KE = sums_KE / jnp.maximum(hits_K, 1e-6)[:, None]
-            codebook_KE = jnp.where(done > self.codebook_init_step, mean_KE, codebook_KE)
-        # Computed at every step, used at few: a sample of K rows costs less than a branch's worth.
-        codebook_KE = jnp.where(move_K[:, None], self.sample(variables, key), codebook_KE)
-        hits_K = jnp.where(move_K, hits_K.sum() / len(hits_K), hits_K)
-        sums_KE = jnp.where(move_K[:, None], codebook_KE * hits_K[:, None], sums_KE)
+            codebook_KE = jnp.where(placed, mean_KE, codebook_KE)
+        what = jnp.where(done == self.codebook_init_step, 1, 0)
+        restart = placed & (done < self.restart_until) & (done % self.restart_every == 0)
+        branches = (
+            lambda: (codebook_KE, jnp.zeros(len(hits_K), bool)),
+            lambda: (self.sample(variables, key), jnp.ones(len(hits_K), bool)),
+            lambda: self.restart(variables, codebook_KE, key),
+        )
+        codebook_KE, moved_K = jax.lax.switch(jnp.where(restart, 2, what), branches)
+        hits_K = jnp.where(moved_K, hits_K.sum() / len(hits_K), hits_K)
+        sums_KE = jnp.where(moved_K[:, None], codebook_KE * hits_K[:, None], sums_KE)
         return params | {name: codebook_KE}, variables | {"hits_K": hits_K, "sums_KE": sums_KE}
+
+    def restart(
+        self, variables: dict, codebook_KE: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """(codebook, which codes moved): the least missed to where the error is.
+
+        Without a code its vectors go to the next one, so hits times the squared distance between
+        the two is about what the sum of squared errors would grow by.
+        """
+        row_key, error_key = jax.random.split(key)
+        count = max(1, int(len(codebook_KE) * self.restart_share))
+        lost_K = variables["hits_K"] * quantize.distance_to_others(codebook_KE)
+        out_k = jax.lax.top_k(-lost_K, count)[1]
+        filled = jnp.clip(variables["seen"], 1, self.buffer_rows)
+        rows_N = jax.random.randint(row_key, (RESTART_ROWS,), 0, filled)
+        z_NE = variables["buffer_RE"][rows_N]
+        error_N = jnp.square(z_NE - codebook_KE[quantize.nearest_code(z_NE, codebook_KE)]).sum(-1)
+        # The largest log-weights plus Gumbel noise: a sample without replacement, by weight.
+        noise_N = jax.random.gumbel(error_key, error_N.shape)
+        in_k = jax.lax.top_k(jnp.log(error_N + 1e-12) + noise_N, count)[1]
+        moved_K = jnp.zeros(len(codebook_KE), bool).at[out_k].set(True)
+        return codebook_KE.at[out_k].set(z_NE[in_k]), moved_K
 
     def remember(
         self, variables: dict, z_BhwE: jax.Array, codes_Bhw: jax.Array
@@ -165,9 +201,6 @@ class TokenizerTask(Task):
         rows_K = (spread_K + start).astype(jnp.int32) % filled
         codes_KE = variables["buffer_RE"][rows_K]
         return codes_KE + JITTER * codes_KE.std(0) * jax.random.normal(noise_key, shape)
-
-    def dead_below(self, hits_K: jax.Array) -> jax.Array:
-        return self.restart_below * hits_K.sum() / len(hits_K)
 
 
 def psnr(x_BHWC: jax.Array, y_BHWC: jax.Array) -> jax.Array:

@@ -46,7 +46,7 @@ def forward(
     at = _Specs.of(x, by_key=False)
     B, K, G, T, H = x.q_BKGTH.shape
     out_BKGTH, lse_BKGT = _call(
-        functools.partial(_forward_kernel, rate=dropout.rate),
+        "attention_forward", functools.partial(_forward_kernel, rate=dropout.rate),
         x.pairs(by_key=False), K,
         inputs=[(x.q_BKGTH, at.heads), *x.rest(at)],
         outputs=[(jax.ShapeDtypeStruct((B, K, G, T, H), dtype or q_BTNH.dtype), at.heads),
@@ -74,7 +74,7 @@ def backward(
     dq = jax.ShapeDtypeStruct((B, K, T // x.t, G, H, x.t), jnp.float32)
     dk = jax.ShapeDtypeStruct(x.k_BKSH.shape, jnp.float32)
     dq_BKIGHt, dk_BKSH, dv_BKSH = _call(
-        functools.partial(_backward_kernel, rate=dropout.rate),
+        "attention_backward", functools.partial(_backward_kernel, rate=dropout.rate),
         x.pairs(by_key=True), K,
         inputs=[(jnp.zeros(dq.shape), anywhere), (x.q_BKGTH, at.heads),
                 (x.grouped(dout_BTNH), at.heads), (x.grouped(lse_BTN), at.rows),
@@ -171,13 +171,13 @@ class _Specs(NamedTuple):
         )
 
 
-def _call(kernel, pairs: mask.Pairs, K: int, inputs, outputs, scratch, aliases=None):
+def _call(name, kernel, pairs: mask.Pairs, K: int, inputs, outputs, scratch, aliases=None):
     """Runs `kernel` for every kv head and pair; inputs and outputs come with their blocks."""
     arrays, in_specs = zip(*inputs, strict=True)
     shapes, out_specs = zip(*outputs, strict=True)
     device = jax.sharding.get_abstract_mesh().abstract_device
     return pl.pallas_call(
-        kernel,
+        kernel, name=name,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2, grid=(K, pairs.count), in_specs=in_specs, out_specs=out_specs,
             scratch_shapes=scratch,
