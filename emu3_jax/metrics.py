@@ -4,7 +4,10 @@ import json
 import pathlib
 import time
 
+import jax
 import tensorboardX
+
+from emu3_jax import chips
 
 
 class Metrics:
@@ -22,6 +25,8 @@ class Metrics:
         self._file = self._path.open("a")
         self._board = tensorboardX.SummaryWriter(str(run_dir), purge_step=start)
         self._clock, self._last = None, start
+        chip = chips.chip(jax.devices()[0])
+        self._peak = chip and chip.flops * jax.device_count()
 
     def __enter__(self):
         return self
@@ -31,9 +36,12 @@ class Metrics:
         self._board.close()
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Records the figures of `step`; a key `tokens` (per step) also gives tokens a second.
+        """Records the figures of `step`; `tokens` (per step) also gives tokens a second.
 
-        The first call only starts the clock for rates, as its step includes compilation.
+        `flops` and `flops_dense` (per step) give the shares `mfu` and `mfu_dense` of what all
+        devices could do at their peak, where that is known (see chips.py): the FLOPs that the
+        packing asks for, and those of rows that were one document each, as others count. The
+        first call only starts the clock for rates, as its step includes compilation.
         """
         now = time.time()
         record = dict(step=step, **values)
@@ -43,6 +51,10 @@ class Metrics:
             record["seconds_per_step"] = seconds_per_step
             if "tokens" in values:
                 record["tokens_per_second"] = values["tokens"] / seconds_per_step
+            if self._peak:
+                for flops, mfu in (("flops", "mfu"), ("flops_dense", "mfu_dense")):
+                    if flops in values:
+                        record[mfu] = values[flops] / seconds_per_step / self._peak
         self._clock, self._last = now, step
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
@@ -57,6 +69,8 @@ class Metrics:
         parts += [f"{key} {record[key]:.3f}" for key in shown]
         if "tokens_per_second" in record:
             parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
+        if "mfu" in record:
+            parts.append(f"MFU {record['mfu']:.1%}")
         if "seconds_per_step" in record:
             parts.append(f"{time_left(record['seconds_per_step'] * (self._steps - step))} left")
         return "  ".join(parts)
