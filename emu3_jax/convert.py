@@ -139,6 +139,7 @@ def _weights(model: Transformer) -> list[_Weight]:
     def weight(path, layer, name, out, into):
         dims = declared[path].dims.removeprefix("L")
         sizes = dict(zip(declared[path].dims, declared[path].shape, strict=True))
+        sizes |= dict(V=model.vocab)  # the padding of our weights stays behind
         shape = [int(np.prod([sizes[dim] for dim in side])) for side in (out, into) if side]
         return _Weight(name, path, layer, tuple(shape), bool(into) and dims == into + out)
 

@@ -4,8 +4,8 @@ B batch  T query position  S key position  D width  N heads  K kv heads  H head 
 V vocab  L layers
 
 The same letters suffix variables (`x_BTD`), write einsums ("BTD,DNH->BTNH") and declare weights
-(`Param("LDNH", ...)`). In "LDNH" the D takes `fsdp`; in "BTD" B has already taken it, so D is
-replicated: ZeRO-3 is what "each mesh axis once, left to right" comes to.
+(`Param("LDNH", ...)`). In "LDNH" the D takes `fsdp` and `context`; in "BTD" B and T have already
+taken them, so D is replicated: ZeRO-3 is what "each mesh axis once, left to right" comes to.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ AXES = ("data", "fsdp", "fsdp_minor", "context", "tensor")  # the two fsdp act a
 RULES = {  # a letter not listed is replicated
     "B": ("data", "fsdp", "fsdp_minor"),
     "T": ("context",),
-    "D": ("fsdp", "fsdp_minor"),
+    "D": ("fsdp", "fsdp_minor", "context"),
     "N": ("tensor",),
     "K": ("tensor",),
     "F": ("tensor",),

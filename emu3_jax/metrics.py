@@ -13,10 +13,14 @@ from emu3_jax import chips
 class Metrics:
     """Writes the figures of a run from `start` on; what an interrupted run wrote beyond is cut.
 
-    `steps` is the planned number, from which the time left is told.
+    `steps` is the planned number, from which the time left is told. Of several processes, which all
+    have the same figures, the first one writes.
     """
 
     def __init__(self, run_dir: str, name: str, start: int, steps: int):
+        self._writes = jax.process_index() == 0
+        if not self._writes:
+            return
         self._name, self._start, self._steps = name, start, steps
         self._path = pathlib.Path(run_dir) / "metrics.jsonl"
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,8 +36,9 @@ class Metrics:
         return self
 
     def __exit__(self, *_):
-        self._file.close()
-        self._board.close()
+        if self._writes:
+            self._file.close()
+            self._board.close()
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Records the figures of `step`; `tokens` (per step) also gives tokens a second.
@@ -43,6 +48,8 @@ class Metrics:
         packing asks for, and those of rows that were one document each, as others count. The
         first call only starts the clock for rates, as its step includes compilation.
         """
+        if not self._writes:
+            return
         now = time.time()
         record = dict(step=step, **values)
         if self._clock is not None:
@@ -74,6 +81,12 @@ class Metrics:
         if "seconds_per_step" in record:
             parts.append(f"{time_left(record['seconds_per_step'] * (self._steps - step))} left")
         return "  ".join(parts)
+
+
+def say(text: str) -> None:
+    """Prints a line, once for all processes."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
 
 
 def read(run_dir: str) -> list[dict]:

@@ -42,6 +42,10 @@ class Task:
         metrics.py)."""
         return {}
 
+    def adapted(self, params):
+        """Another run's weights in this task's sizes, where only padding differs."""
+        return params
+
     def after_update(self, params, variables, step, key) -> tuple[Any, Any]:
         """What happens to the state after the optimizer's update, e.g. codebook restarts."""
         return params, variables
@@ -95,16 +99,16 @@ class Train:
         with jax.set_mesh(device_mesh), checkpoint.Checkpoints(self.run_dir, self.keep) as saved:
             start = saved.latest() or 0
             if start >= self.steps:
-                print(f"{self.run_dir}: trained ({start} steps)")
+                metrics.say(f"{self.run_dir}: trained ({start} steps)")
                 return
             if start:
                 self._check_same_run(saved.config(start))
                 state = saved.restore(start, self.abstract_state(device_mesh))
-                print(f"{self.run_dir}: goes on at step {start}")
+                metrics.say(f"{self.run_dir}: goes on at step {start}")
             else:
                 state = self.make()(self.seed)
                 if self.initial:
-                    state |= initial_weights(self.initial, state)
+                    state |= initial_weights(self.task, self.initial, state)
                 self._write_config(state)
             self._loop(start, state, device_mesh, saved)
 
@@ -144,7 +148,7 @@ class Train:
                 "take another run_dir, or the task as it was"
             )
         for change in config.differences(saved, mine):
-            print(f"{self.run_dir}: changed since the checkpoint: {change}")
+            metrics.say(f"{self.run_dir}: changed since the checkpoint: {change}")
 
     def _write_config(self, state) -> None:
         if jax.process_index():
@@ -187,7 +191,7 @@ class Train:
             return serialize_executable.deserialize_and_load(payload, in_tree, out_tree)
         if getattr(self.task, "remat", "") == "auto":
             chosen, compiled = fitting(self, device_mesh)
-            print(f"{self.run_dir}: remat {chosen.task.remat}")
+            metrics.say(f"{self.run_dir}: remat {chosen.task.remat}")
             return compiled
         return self.step_fn()
 
@@ -251,13 +255,13 @@ def init(task: Task, optimizer: optax.GradientTransformation, seed: int, ema: fl
     return state | (dict(ema=params) if ema else {})
 
 
-def initial_weights(run_dir: str, state: dict) -> dict:
+def initial_weights(task: Task, run_dir: str, state: dict) -> dict:
     """Weights and variables of another run, laid out like those of `state`.
 
     Raises ValueError if they are not the same arrays.
     """
     _, params, variables, _ = checkpoint.restore_model(run_dir)
-    found = dict(params=params, variables=variables)
+    found = dict(params=task.adapted(params), variables=variables)
     wanted = {part: state[part] for part in found}
     shapes = [jax.tree.map(lambda x: tuple(x.shape), tree) for tree in (found, wanted)]
     if shapes[0] != shapes[1]:
@@ -345,9 +349,9 @@ def batches_from(
 ):
     """Batches of steps start ... stop-1 on the mesh.
 
-    Each process reads only its own rows of a batch, which the mesh keeps together: equal blocks.
+    Each process reads the rows that its devices need, wherever the mesh has them in a batch; of
+    rows that are cut over the devices of several processes, each of these takes its part.
     """
-    layout = sharding(device_mesh, "B")
     (parts,) = shards("B")
     if batch % (parts * accumulate):
         often = f" in {accumulate} parts" if accumulate > 1 else ""
@@ -355,20 +359,22 @@ def batches_from(
             f"batch {batch} does not split{often} over {sharders('B')} = {parts}; "
             f"take a multiple of {parts * accumulate}"
         )
-    pieces = layout.addressable_devices_indices_map((batch,)).values()
-    first = min(piece.indices(batch)[0] for (piece,) in pieces)
-    count = max(piece.indices(batch)[1] for (piece,) in pieces) - first
-    blocks = rows.batch(count)
+    size = batch // parts
+    pieces = sharding(device_mesh, "B").addressable_devices_indices_map((batch,)).values()
+    mine = sorted({piece.indices(batch)[0] // size for (piece,) in pieces})
+    blocks = rows.batch(size)
 
-    def put(name, array):
-        dims = "BT" if array.ndim == 2 else "B"
-        shape = (batch, *array.shape[1:])
-        return jax.make_array_from_process_local_data(sharding(device_mesh, dims), array, shape)
+    def put(name, read):
+        shape = (batch, *read[mine[0]][name].shape[1:])
+        layout = sharding(device_mesh, "BT" if len(shape) == 2 else "B")
+        return jax.make_array_from_callback(
+            shape, layout, lambda at: read[at[0].indices(batch)[0] // size][name][:, *at[1:]]
+        )
 
     steps = grain.MapDataset.range(start, stop).map(
-        lambda step: blocks[(step * batch + first) // count]
+        lambda step: {part: blocks[step * parts + part] for part in mine}
     )
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-    for values in steps.to_iter_dataset(options):
-        yield {name: put(name, array) for name, array in values.items()}
+    for read in steps.to_iter_dataset(options):
+        yield {name: put(name, read) for name in read[mine[0]]}
 

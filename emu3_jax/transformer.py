@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from emu3_jax import params as params_lib
@@ -106,6 +107,15 @@ class Transformer(Task):
         """True for each weight that weight decay shrinks: all but the norms."""
         return params_lib.decays(self.params())
 
+    def adapted(self, params: dict) -> dict:
+        """Weights (NumPy arrays) of the same vocabulary with another padding."""
+        rows = self.params()["embed"].shape[0]
+        if min(len(params["embed"]), rows) < self.vocab or len(params["embed"]) == rows:
+            return params
+        padding = (0, rows - self.vocab), (0, 0)
+        embed_VD, head_DV = params["embed"][: self.vocab], params["head"][:, : self.vocab]
+        return params | dict(embed=np.pad(embed_VD, padding), head=np.pad(head_DV, padding[::-1]))
+
     def loss(self, params, variables, batch, key) -> tuple[jax.Array, tuple[dict, dict]]:
         """Weighted mean cross-entropy of a batch of packed rows (batch contract: see packing.py).
 
@@ -153,9 +163,9 @@ class Transformer(Task):
     def flops(self, tokens, pairs):
         """Of a training step, recomputation left out: 6 a weight of a matrix and token, and 12 a
         head dimension and pair of query and key that sees it (PaLM, arXiv 2204.02311, app. B)."""
-        matrices = params_lib.count([p for p in jax.tree.leaves(self.params()) if p.std])
-        rows = -(-self.vocab // self.vocab_multiple) * self.vocab_multiple
-        matrices -= self.width * (2 * rows - self.vocab)  # the embedding, and padding of the head
+        declared = self.params()
+        matrices = params_lib.count([p for p in jax.tree.leaves(declared["layers"]) if p.std])
+        matrices += self.width * self.vocab  # the head; looking up a row multiplies nothing
         return 6.0 * matrices * tokens + 12.0 * self.layers * self.heads * self.head_dim * pairs
 
     def logits(self, params, tokens_BT, segments_BT, positions_BT) -> jax.Array:

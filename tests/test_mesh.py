@@ -127,22 +127,22 @@ def test_initial_weights_are_the_same_on_every_mesh():
 def test_letters_choose_the_axes_and_no_axis_twice():
     assert mesh.spec("BTD") == jax.P(("data", "fsdp", "fsdp_minor"), ("context",), None)
     assert mesh.spec("BSKH") == jax.P(("data", "fsdp", "fsdp_minor"), None, ("tensor",), None)
-    assert mesh.spec("LDNH") == jax.P(None, ("fsdp", "fsdp_minor"), ("tensor",), None)
-    assert mesh.spec("VD") == jax.P(("tensor",), ("fsdp", "fsdp_minor"))
+    assert mesh.spec("LDNH") == jax.P(None, ("fsdp", "fsdp_minor", "context"), ("tensor",), None)
+    assert mesh.spec("VD") == jax.P(("tensor",), ("fsdp", "fsdp_minor", "context"))
     assert mesh.spec("NK.") == jax.P(("tensor",), None, None)
     assert mesh.spec("") == jax.P()
     with jax.set_mesh(mesh.Mesh(data=2, fsdp=2, context=2).make()):
         assert mesh.shards("BTDN") == [4, 2, 1, 1]
-        assert mesh.shards("DT") == [2, 2]
+        assert mesh.shards("DT") == [4, 1]
 
 
 def test_placing_and_einsum_lay_out_by_their_letters():
     with jax.set_mesh(mesh.Mesh(data=2, fsdp=1, context=2, tensor=2).make()):
         x_BTD = mesh.place(jnp.arange(32.0).reshape(2, 4, 4), "BTD")
         assert x_BTD.sharding.shard_shape(x_BTD.shape) == (1, 2, 4)
-        x_BSD = mesh.place(x_BTD, "BSD")
-        assert x_BSD.sharding.shard_shape(x_BSD.shape) == (1, 4, 4)
-        np.testing.assert_array_equal(x_BSD, x_BTD)
+        x_BSH = mesh.place(x_BTD, "BSH")
+        assert x_BSH.sharding.shard_shape(x_BSH.shape) == (1, 4, 4)
+        np.testing.assert_array_equal(x_BSH, x_BTD)
         y_BTF = mesh.einsum("BTD,DF->BTF", x_BTD, mesh.place(jnp.ones((4, 6)), "DF"))
         assert y_BTF.sharding.shard_shape(y_BTF.shape) == (1, 2, 3)
         np.testing.assert_array_equal(y_BTF, np.asarray(x_BTD).sum(-1, keepdims=True) * np.ones(6))
@@ -192,7 +192,7 @@ def test_a_mesh_that_does_not_fit(sizes, message):
     [
         (dict(fsdp=1, tensor=8), "weight LDKH: K = 2 does not split over tensor = 8; change that "
                                  "size or the mesh"),
-        (dict(fsdp=8), "weight VD: D = 12 does not split over fsdp = 8; change that size or the "
+        (dict(fsdp=8), "weight VD: D = 12 does not split over fsdp*context = 8; change that size or the "
                        "mesh"),
     ],
 )  # fmt: skip

@@ -242,3 +242,108 @@ def test_norms_do_not_decay_and_gradients_are_clipped():
 def test_time_left():
     assert [metrics.time_left(seconds) for seconds in (0, 59.6, 61, 3600, 36_061)] == [
         "0:00", "1:00", "1:01", "1:00:00", "10:01:01"]  # fmt: skip
+
+
+def two_steps(device_mesh, model, **fields) -> tuple[dict, dict]:
+    """State and metrics after two steps on given rows."""
+    run = train.Train(model, toy.Counting(), batch=8, steps=10, **fields)
+    with jax.set_mesh(device_mesh):
+        state, step_fn = run.make()(run.seed), run.step_fn()
+        batches = train.batches_from(run.data.rows(), 8, 0, 2, device_mesh, run.accumulate)
+        for step, batch in enumerate(batches):
+            state, values = step_fn(state, batch, step)
+    return jax.tree.map(np.asarray, (state, values))
+
+
+@pytest.mark.parametrize("sizes", [dict(data=2, fsdp=2, context=2), dict(fsdp=1)])
+def test_a_batch_in_parts_is_the_batch(sizes):
+    """Though the parts weigh differently: rows differ in their padding and vision."""
+    devices = jax.devices()[: 8 if len(sizes) > 1 else 1]
+    device_mesh, model = mesh.Mesh(**sizes).make(devices), toy.model(dropout=0.0)
+    whole, parts = (two_steps(device_mesh, model, accumulate=count) for count in (1, 2))
+    for key in ("loss", "gradient_norm", "tokens"):
+        np.testing.assert_allclose(parts[1][key], whole[1][key], rtol=1e-5, err_msg=key)
+    for got, want in zip(*(jax.tree.leaves(state["params"]) for state, _ in (parts, whole)),
+                         strict=True):  # fmt: skip
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+def test_parts_that_do_not_split(tmp_path):
+    with pytest.raises(ValueError) as error:
+        job(tmp_path, batch=8, accumulate=2).run()
+    assert str(error.value) == (
+        "batch 8 does not split in 2 parts over data*fsdp = 8; take a multiple of 16"
+    )
+
+
+def test_the_moving_average_is_kept_and_loaded(tmp_path):
+    device_mesh = mesh.Mesh().make()
+    (one, _), (two, _) = (two_steps(device_mesh, toy.model(), ema=ema) for ema in (0.0, 0.75))
+    assert "ema" not in one
+    with jax.set_mesh(device_mesh):
+        first = job(tmp_path, task=toy.model(), seed=0).make()(0)["params"]
+    for old, last, average in zip(*(jax.tree.leaves(tree) for tree in
+                                    (first, two["params"], two["ema"])), strict=True):  # fmt: skip
+        # between the start, which weighs 0.75^2, and the last of two updates, which weighs 0.25
+        np.testing.assert_array_less(np.abs(average - last).max(), np.abs(old - last).max())
+    run = job(tmp_path / "run", ema=0.75, steps=2, save_every=1)
+    run.run()
+    _, params, _, _ = checkpoint.restore_model(run.run_dir)
+    with jax.set_mesh(device_mesh), checkpoint.Checkpoints(run.run_dir) as saved:
+        state = saved.restore(2, run.abstract_state(device_mesh))
+    np.testing.assert_array_equal(params["embed"], np.asarray(state["ema"]["embed"]))
+    assert np.abs(params["embed"] - np.asarray(state["params"]["embed"])).max() > 0
+    after = train.initial_weights(run.task, run.run_dir, state)
+    np.testing.assert_array_equal(after["ema"]["embed"], after["params"]["embed"])
+
+
+@pytest.mark.parametrize("fields", [dict(moments="bfloat16"), dict(offload=True)])
+def test_moments_in_less_or_other_memory(fields):
+    """bfloat16 moves weights by nearly the same; the host's memory changes no bit."""
+    device_mesh = mesh.Mesh().make()
+    plain, kept = (two_steps(device_mesh, toy.model(), optimizer=optim.AdamW(rate=0.01, warmup=0,
+                                                                             **options))
+                   for options in ({}, fields))  # fmt: skip
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), plain[0]["params"],
+                         kept[0]["params"])  # fmt: skip
+    worst = max(jax.tree.leaves(moved))
+    assert worst == 0 if "offload" in fields else 0 < worst < 0.01 * 0.1
+    run = train.Train(toy.model(), toy.Counting(), optimizer=optim.AdamW(**fields))
+    with jax.set_mesh(device_mesh):
+        moments = jax.tree.leaves(run.make()(0)["optimizer"])
+    big = [x for x in moments if x.ndim]
+    if "offload" in fields:
+        assert {x.sharding.memory_kind for x in big} == {"pinned_host"}
+    else:
+        assert {x.dtype.name for x in big} == {"bfloat16"}
+
+
+def test_a_step_is_dispatched_before_the_last_ones_metrics_are_read(tmp_path, monkeypatch):
+    told = []
+    step_fn, write = train.Train.step_fn, metrics.Metrics.write
+
+    def telling(self):
+        step = step_fn(self)
+        return lambda state, batch, at: (told.append(f"step {at + 1}"), step(state, batch, at))[1]
+
+    monkeypatch.setattr(train.Train, "step_fn", telling)
+    monkeypatch.setattr(metrics.Metrics, "write", lambda self, step, values: (
+        told.append(f"metrics {step}"), write(self, step, values)))  # fmt: skip
+    job(tmp_path, steps=3, save_every=3).run()
+    assert told == ["step 1", "step 2", "metrics 1", "step 3", "metrics 2", "metrics 3"]
+
+
+def test_initial_weights_with_another_padding_of_the_vocabulary(finished):
+    """The padding is cut or filled; a model of another vocabulary is refused."""
+    other = toy.model(dropout=0.1, vocab_multiple=32)
+    with jax.set_mesh(mesh.Mesh().make()):
+        state = job(finished, task=other).make()(0)
+        found = train.initial_weights(other, str(finished), state)["params"]
+        _, params, _, _ = checkpoint.restore_model(str(finished))
+        assert found["embed"].shape == (64, 16) and found["head"].shape == (16, 64)
+        np.testing.assert_array_equal(np.asarray(found["head"])[:, :48], params["head"])
+        back = toy.model(dropout=0.1).adapted(jax.tree.map(np.asarray, found))
+        np.testing.assert_array_equal(back["embed"], params["embed"])
+        larger = toy.model(vocab=60)
+        with pytest.raises(ValueError, match="holds a model of other sizes"):
+            train.initial_weights(larger, str(finished), job(finished, task=larger).make()(0))
