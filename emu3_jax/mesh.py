@@ -178,12 +178,22 @@ def weight_grad(equation: str, x: jax.Array, dy: jax.Array) -> jax.Array:
         for place, axes in enumerate(_axes(w_dims)):
             for axis in axes:
                 if axis in summed:
-                    w = jax.lax.psum_scatter(w, axis, scatter_dimension=place, tiled=True)
+                    w = _reduce_scatter(w, axis, place)
                     whole.remove(axis)
         return jax.lax.psum(w, tuple(whole)) if whole else w
 
     return jax.shard_map(local, in_specs=(spec(x_dims), spec(y_dims)), out_specs=spec(w_dims),
                          check_vma=False)(place(x, x_dims), place(dy, y_dims))  # fmt: skip
+
+
+def _reduce_scatter(w: jax.Array, axis: str, dim: int) -> jax.Array:
+    # As a matrix where it can be one: of other shapes TPU's compiler may sum everything first.
+    before, after = w.shape[:dim], w.shape[dim + 1 :]
+    if not (before and after):
+        w = w.reshape(-1, w.shape[dim]) if before else w.reshape(w.shape[dim], -1)
+        dim = 1 if before else 0
+    w = jax.lax.psum_scatter(w, axis, scatter_dimension=dim, tiled=True)
+    return w.reshape(*before, w.shape[dim], *after)
 
 
 def place(x: jax.Array, dims: str) -> jax.Array:

@@ -185,9 +185,8 @@ class Train:
         if self.executable:
             payload = pathlib.Path(self.executable).read_bytes()
             arguments = self.arguments(device_mesh)
-            trees = [jax.tree.structure((x, {})) for x in
-                     (arguments, jax.eval_shape(self.step_fn(), *arguments))]  # fmt: skip
-            in_tree, out_tree = trees[0], trees[1]
+            in_tree = jax.tree.structure((arguments, {}))
+            out_tree = jax.tree.structure(jax.eval_shape(self.step_fn(), *arguments))
             return serialize_executable.deserialize_and_load(payload, in_tree, out_tree)
         if getattr(self.task, "remat", "") == "auto":
             chosen, compiled = fitting(self, device_mesh)

@@ -192,8 +192,8 @@ def test_a_mesh_that_does_not_fit(sizes, message):
     [
         (dict(fsdp=1, tensor=8), "weight LDKH: K = 2 does not split over tensor = 8; change that "
                                  "size or the mesh"),
-        (dict(fsdp=8), "weight VD: D = 12 does not split over fsdp*context = 8; change that size or the "
-                       "mesh"),
+        (dict(fsdp=8), "weight VD: D = 12 does not split over fsdp*context = 8; change that size "
+                       "or the mesh"),
     ],
 )  # fmt: skip
 def test_weights_that_do_not_split(sizes, message):
