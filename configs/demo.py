@@ -27,7 +27,7 @@ from tokenizer.exchange import Convert
 from tokenizer.train import TokenizerTask
 from tokenizer.vq import VQConfig
 
-CODES, RANKS = 2048, 512
+CODES, RANKS = 1024, 512
 # Pictures without a caption in front are not worth learning by heart by a model of this size.
 CAPTION_ONLY = Weights(text=1.0, meta=0.0, codes=0.0, breaks=0.0)
 TEXT = RANKS + 3 + 205 + 3  # what stands before the visual codes: see emu3_jax/vocab.py
@@ -61,7 +61,7 @@ def build(
         tokenizer=Train(
             task=TokenizerTask(
                 tokenizer, average_codes=True, hits_decay=0.99,
-                restart_until=tokenizer_steps * 4 // 5,
+                restart_until=tokenizer_steps * 4 // 5, patches=True,
             ),
             data=ImageRows(directory=images, list="tokenizer_train.jsonl", augment_flip=True),
             run_dir=f"{run_dir}/tokenizer",
@@ -113,6 +113,6 @@ def stage_of(demo: Demo, stage: str):
 
 
 def get_config(stage: str = ""):
-    """The fifteen-minute demo: animals, plants, food, faces, and 140 people in their skin tones."""
-    select = ("people", "animals", "plants", "food", "faces")
-    return stage_of(build("runs/demo", select, 140, tokenizer_steps=2400, decoder_steps=740), stage)
+    """The fifteen-minute demo: 200 people in their skin tones."""
+    job = build("runs/demo", ("people",), 200, tokenizer_steps=2400, decoder_steps=900)
+    return stage_of(job, stage)

@@ -39,8 +39,9 @@ SHAPES = {
 
 
 def decoder(size: str, **fields) -> Transformer:
-    """The model of a size, with vocabulary Emu3's, to a multiple that splits evenly."""
-    return Transformer(**SHAPES[size], vocab_multiple=512, z_loss=1e-4, remat="auto", **fields)
+    """The model of a size, for Emu3's vocabulary: 184,832 with padding, 38 tiles of 4,864."""
+    vocab = dict(vocab_multiple=512, loss_tile=4864, z_loss=1e-4)
+    return Transformer(**SHAPES[size], **vocab, remat="auto", **fields)
 
 
 def stage1(size: str, batch: int, steps: int) -> Train:
