@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 import pathlib
 import re
@@ -53,17 +52,29 @@ class Compile:
         return job
 
     def report(self, job: Train, devices) -> dict:
-        """Compiles and prints; the figures are in GiB a device, TFLOPs and GiB a step."""
+        """Compiles and prints; the figures are in GiB a device, TFLOPs and GiB a step.
+
+        `memory_gib` is the device's memory less the margin, `fits` None where nobody knows it.
+        """
         device_mesh = job.mesh.make(devices, job.task.axis_type)
+        name = self.topology or f"{len(devices)} x {devices[0].device_kind}"
         start = time.time()
-        job, compiled = fitting(job, device_mesh)
+        try:
+            job, compiled = fitting(job, device_mesh)
+        except jax.errors.JaxRuntimeError as error:  # TPU's compiler refuses what can't fit
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            reason = " ".join(str(error).split())[:300]
+            print(f"does not fit: {reason}")
+            return dict(topology=name, batch=job.batch, remat=job.task.remat, fits=False,
+                        error=reason)  # fmt: skip
         seconds = time.time() - start
         program = hlo.read(compiled.as_text())
         memory, task = compiled.memory_analysis(), job.task
         rows = job.batch * job.data.length
         matmuls = task.flops(rows, 0)
         figures = dict(
-            topology=self.topology or f"{len(devices)} x {devices[0].device_kind}",
+            topology=name,
             devices=len(devices),
             mesh=dataclasses.asdict(job.mesh),
             batch=job.batch,
@@ -84,15 +95,14 @@ class Compile:
             compile_seconds=round(seconds, 1),
         )  # fmt: skip
         limit = memory_limit(devices[0])
-        need = memory_needed(compiled)
-        fits = need <= limit * (1 - job.margin) if limit else None
         if limit:
-            figures |= dict(memory_gib=round(limit / GIB, 1), fits=bool(fits))
-        else:
-            figures["fits"] = None
-        _print(figures, job)
-        if fits is False:
-            print(f"does not fit: {(need - limit * (1 - job.margin)) / GIB:.2f} GiB too much "
+            limit *= 1 - job.margin
+            figures["memory_gib"] = round(limit / GIB, 1)
+        need = memory_needed(compiled)
+        figures["fits"] = need <= limit if limit else None
+        _print(figures)
+        if figures["fits"] is False:
+            print(f"does not fit: {(need - limit) / GIB:.2f} GiB too much "
                   f"with a margin of {job.margin:.0%}")  # fmt: skip
         if self.save:
             payload, _, _ = serialize_executable.serialize(compiled)
@@ -157,7 +167,6 @@ def described(topology: str):
             f"topology {topology}: {str(error).splitlines()[0]}; compiling for TPUs needs the "
             "package libtpu in the version of jax[tpu]"
         ) from error
-    assert len(description.devices) == slices * math.prod(dims)
     return description.devices
 
 
@@ -165,8 +174,8 @@ def _tera(flops: float) -> float:
     return round(float(flops) / 1e12, 2)
 
 
-def _print(figures: dict, job: Train) -> None:
+def _print(figures: dict) -> None:
     for key, value in figures.items():
         if isinstance(value, dict):
             value = ", ".join(f"{name} {x:,}" for name, x in value.items())
-        print(f"  {key:34} {value if isinstance(value, str | bool) or value is None else value}")
+        print(f"  {key:34} {value}")

@@ -302,7 +302,7 @@ def test_layers_draw_their_own_dropout():
 def test_an_unknown_remat_policy(tiny):
     _, weights = tiny
     model = toy.model(remat="ful")
-    with pytest.raises(ValueError, match=r"^remat 'ful' is none of none, dots, full$"):
+    with pytest.raises(ValueError, match=r"^remat 'ful' is none of none, dots, attention, full$"):
         model.logits(weights, *alone(documents(1, 4)))
 
 
