@@ -147,7 +147,7 @@ def test_a_defect_keeps_its_traceback(file):
 
 def test_several_processes_are_joined_where_a_scheduler_started_them(file, monkeypatch):
     joined = []
-    monkeypatch.setattr(launch.jax.distributed, "initialize", lambda: joined.append(True))
+    monkeypatch.setattr(launch.jax.distributed, "initialize", lambda **_: joined.append(True))
     for name in ("JAX_COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS",
                  "TPU_WORKER_HOSTNAMES", "SLURM_NTASKS"):  # fmt: skip
         monkeypatch.delenv(name, raising=False)
