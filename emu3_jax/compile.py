@@ -11,7 +11,7 @@ import jax
 from jax.experimental import serialize_executable, topologies
 
 from emu3_jax import config, hlo
-from emu3_jax.train import Train, fitting, memory_limit, memory_needed
+from emu3_jax.train import DoesNotFit, Train, fitting, memory_limit, memory_needed
 
 GIB = 2**30
 
@@ -61,18 +61,15 @@ class Compile:
         start = time.time()
         try:
             job, compiled = fitting(job, device_mesh)
-        except jax.errors.JaxRuntimeError as error:  # TPU's compiler refuses what can't fit
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            reason = " ".join(str(error).split())[:300]
-            print(f"does not fit: {reason}")
+        except DoesNotFit as error:
+            print(f"does not fit: {error}")
             return dict(topology=name, batch=job.batch, remat=job.task.remat, fits=False,
-                        error=reason)  # fmt: skip
+                        error=str(error))  # fmt: skip
         seconds = time.time() - start
         program = hlo.read(compiled.as_text())
         memory, task = compiled.memory_analysis(), job.task
-        rows = job.batch * job.data.length
-        matmuls = task.flops(rows, 0)
+        matmuls = task.flops(job.batch * job.data.length, 0)
+        executed = program.matmul_flops * len(devices)
         figures = dict(
             topology=name,
             devices=len(devices),
@@ -83,10 +80,10 @@ class Compile:
             peak_hbm_gib=round(memory.peak_memory_in_bytes / GIB, 2),
             argument_gib=round(memory.argument_size_in_bytes / GIB, 2),
             temp_gib=round(memory.temp_size_in_bytes / GIB, 2),
-            model_tflops_per_step=_tera(task.flops(rows, rows * (job.data.length + 1) / 2)),
+            model_tflops_per_step=_tera(task.dense(job.batch, job.data.length)),
             model_matmul_tflops_per_step=_tera(matmuls),
-            executed_matmul_tflops_per_step=_tera(program.matmul_flops * len(devices)),
-            executed_over_model_matmul=round(program.matmul_flops * len(devices) / matmuls, 3),
+            executed_matmul_tflops_per_step=_tera(executed),
+            executed_over_model_matmul=round(executed / matmuls, 3),
             kernels=dict(program.kernels),
             collective_gib_per_step={kind: round(size / GIB, 3)
                                      for kind, size in program.collective_bytes.items()},
@@ -94,9 +91,8 @@ class Compile:
                 max((size for _, size, _ in program.all_reduces), default=0) / 2**20, 2),
             compile_seconds=round(seconds, 1),
         )  # fmt: skip
-        limit = memory_limit(devices[0])
+        limit = memory_limit(devices[0], job.margin)
         if limit:
-            limit *= 1 - job.margin
             figures["memory_gib"] = round(limit / GIB, 1)
         need = memory_needed(compiled)
         figures["fits"] = need <= limit if limit else None

@@ -94,7 +94,7 @@ def _minor(devices) -> int:
     spread = [np.any(coords[: i + 1] != coords[0], axis=0).sum() for i in range(len(coords))]
     if spread[-1] <= (1 if "lite" in devices[0].device_kind else 2):
         return 1
-    line = spread.index(2)
+    line = next(i for i, dims in enumerate(spread) if dims > 1)
     return line if len(devices) % line == 0 else 1
 
 
@@ -132,22 +132,18 @@ def einsum(equation: str, *xs: jax.Array, **kwargs) -> jax.Array:
     return jnp.einsum(equation, *xs, out_sharding=spec(equation.split("->")[1]), **kwargs)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def linear(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
     """einsum with a weight, cast to x's type, whose gradient is summed in the weight's own.
 
     Left to itself the compiler sums a weight's gradient over all devices whole and then cuts it;
     here each device gets the sum of its own piece only (see `weight_grad`).
     """
-    return _linear(equation, x, w)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear(equation, x, w):
     return einsum(equation, x, w.astype(x.dtype))
 
 
 def _linear_forward(equation, x, w):
-    return _linear(equation, x, w), (x, w)
+    return linear(equation, x, w), (x, w)
 
 
 def _linear_backward(equation, kept, dy):
@@ -158,7 +154,7 @@ def _linear_backward(equation, kept, dy):
     return dx, weight_grad(f"{x_dims},{y_dims}->{w_dims}", x, dy).astype(w.dtype)
 
 
-_linear.defvjp(_linear_forward, _linear_backward)
+linear.defvjp(_linear_forward, _linear_backward)
 
 
 def weight_grad(equation: str, x: jax.Array, dy: jax.Array) -> jax.Array:

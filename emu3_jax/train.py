@@ -35,7 +35,7 @@ class Task:
 
     def weight(self, batch) -> jax.Array | float:
         """What `loss` is a mean over, so that means of parts of a batch can be put together."""
-        return 1.0
+        return len(jax.tree.leaves(batch)[0])
 
     def counts(self, batch) -> dict:
         """What a batch holds, without a model: perhaps tokens, flops and flops_dense (see
@@ -195,25 +195,31 @@ class Train:
         return self.step_fn()
 
 
+class DoesNotFit(ValueError):
+    """A step that the compiler refuses, because the devices' memory can't hold it."""
+
+
 def fitting(job: Train, device_mesh) -> tuple[Train, Any]:
     """(job, its step compiled ahead of time) with remat settled.
 
     "auto" takes the first policy, from least to most recomputation, that fits the memory of the
-    mesh's devices less the job's margin; the last if none does.
+    mesh's devices less the job's margin; the last if none does. Raises DoesNotFit.
     """
     task = job.task
     policies = task.policies if task.remat == "auto" else [task.remat]
-    limit = memory_limit(device_mesh.devices.flat[0])
+    limit = memory_limit(device_mesh.devices.flat[0], job.margin)
     with jax.set_mesh(device_mesh):
         for policy in policies:
             job = dataclasses.replace(job, task=dataclasses.replace(task, remat=policy))
             try:
                 compiled = job.step_fn().lower(*job.arguments(device_mesh)).compile()
-            except jax.errors.JaxRuntimeError as error:  # TPU's compiler refuses what can't fit
-                if "RESOURCE_EXHAUSTED" not in str(error) or policy == policies[-1]:
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
+                if policy == policies[-1]:
+                    raise DoesNotFit(" ".join(str(error).split())[:300]) from error
                 continue
-            if limit is None or memory_needed(compiled) <= limit * (1 - job.margin):
+            if limit is None or memory_needed(compiled) <= limit:
                 break
     return job, compiled
 
@@ -225,10 +231,10 @@ def memory_needed(compiled) -> int:
     return max(memory.peak_memory_in_bytes, kept + memory.temp_size_in_bytes)
 
 
-def memory_limit(device) -> int | None:
-    """Bytes of a device's memory; None if nobody says."""
+def memory_limit(device, margin: float) -> float | None:
+    """Bytes of a device's memory less the share `margin`; None for a device nobody knows."""
     known = chips.chip(device)
-    return int(known.memory * 2**30) if known else None
+    return known.memory * 2**30 * (1 - margin) if known else None
 
 
 def _report(log: metrics.Metrics, step: int, values: dict) -> None:
@@ -307,40 +313,43 @@ def gradients(task: Task, state: dict, batch: dict, key, accumulate: int) -> tup
     The gradient is that of the whole batch's mean loss. A metric is the mean over the parts,
     weighed as the loss is.
     """
-    total = task.weight(batch)
+    grad_fn = jax.value_and_grad(task.loss, has_aux=True)
 
     def part(variables, batch, key):
-        def share(params):
-            loss, aux = task.loss(params, variables, batch, key)
-            weight = task.weight(batch) / total if accumulate > 1 else 1.0
-            return loss * weight, (loss, weight, aux)
-
-        grads, (loss, weight, (variables, values)) = jax.grad(share, has_aux=True)(state["params"])
-        return grads, variables, {k: v * weight for k, v in dict(loss=loss, **values).items()}
+        (loss, (variables, values)), grads = grad_fn(state["params"], variables, batch, key)
+        return (grads, dict(loss=loss, **values)), variables
 
     if accumulate == 1:
-        return part(state["variables"], batch, key)
+        (grads, values), variables = part(state["variables"], batch, key)
+        return grads, variables, values
+    total = task.weight(batch)
 
     def add(carry, inputs):
-        old_grads, variables, old_values = carry
-        grads, variables, values = part(variables, *inputs)
-        add = functools.partial(jax.tree.map, jnp.add)
-        return (add(old_grads, grads), variables, add(old_values, values)), None
+        sums, variables = carry
+        found, variables = part(variables, *inputs)
+        share = task.weight(inputs[0]) / total
+        return (jax.tree.map(lambda old, new: old + share * new, sums, found), variables), None
 
-    parts = jax.tree.map(lambda x: _parts(x, accumulate), batch)
-    keys = jax.random.split(key, accumulate)
-    first = part(state["variables"], jax.tree.map(lambda x: x[0], parts), keys[0])
-    rest = jax.tree.map(lambda x: x[1:], parts), keys[1:]
-    return jax.lax.scan(add, first, rest)[0]
+    parts = jax.tree.map(lambda x: _parts(x, accumulate), batch), jax.random.split(key, accumulate)
+    one = jax.tree.map(lambda x: x[0], parts)
+    _, values = jax.eval_shape(part, state["variables"], *one)[0]
+    zeros = jax.tree.map(jnp.zeros_like, (state["params"], values))
+    ((grads, values), variables), _ = jax.lax.scan(add, (zeros, state["variables"]), parts)
+    return grads, variables, values
 
 
 def _parts(x_B, count: int):
     """Rows in `count` parts along a new first axis, such that no row changes its device."""
-    layout = jax.P(*spec("B"), *(None,) * x_B.ndim)
-    if x_B.ndim == 2:
-        layout = jax.P(*spec("B"), None, *spec("T"))
-    shape = (len(x_B) // count, count, *x_B.shape[1:])
-    return jnp.moveaxis(jax.lax.reshape(x_B, shape, out_sharding=layout), 1, 0)
+    layout = spec(_dims(x_B.ndim))
+    return jax.shard_map(
+        lambda x_B: x_B.reshape(count, -1, *x_B.shape[1:]),
+        in_specs=layout, out_specs=jax.P(None, *layout), check_vma=False,
+    )(x_B)  # fmt: skip
+
+
+def _dims(ndim: int) -> str:
+    """The letters of a batch's array: rows of ids have positions, images have none to shard."""
+    return "BT" if ndim == 2 else "B"
 
 
 def batches_from(
@@ -365,7 +374,7 @@ def batches_from(
 
     def put(name, read):
         shape = (batch, *read[mine[0]][name].shape[1:])
-        layout = sharding(device_mesh, "BT" if len(shape) == 2 else "B")
+        layout = sharding(device_mesh, _dims(len(shape)))
         return jax.make_array_from_callback(
             shape, layout, lambda at: read[at[0].indices(batch)[0] // size][name][:, *at[1:]]
         )

@@ -157,8 +157,11 @@ class Transformer(Task):
         tokens = jnp.sum(here_BT)
         pairs = jnp.sum(jnp.where(here_BT, batch["positions"] + 1, 0), dtype=jnp.float32)
         B, T = batch["segments"].shape
-        return dict(tokens=tokens, flops=self.flops(tokens, pairs),
-                    flops_dense=self.flops(B * T, B * T * (T + 1) / 2) + 0 * pairs)  # fmt: skip
+        return dict(tokens=tokens, flops=self.flops(tokens, pairs), flops_dense=self.dense(B, T))
+
+    def dense(self, rows: int, length: int) -> float:
+        """FLOPs of a training step on rows that are one document each."""
+        return self.flops(rows * length, rows * length * (length + 1) / 2)
 
     def flops(self, tokens, pairs):
         """Of a training step, recomputation left out: 6 a weight of a matrix and token, and 12 a

@@ -1,6 +1,7 @@
 """The trainer on a tiny job: golden curve, exact resume, and what stops it."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -12,6 +13,8 @@ import pytest
 
 from emu3_jax import checkpoint, config, mesh, metrics, optim, train
 from tests import toy
+from tokenizer import vq
+from tokenizer.train import TokenizerTask
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "decoder.txt"
 STEPS, SAVE_EVERY, INTERRUPTED = 20, 5, 13
@@ -266,6 +269,26 @@ def test_a_batch_in_parts_is_the_batch(sizes):
     for got, want in zip(*(jax.tree.leaves(state["params"]) for state, _ in (parts, whole)),
                          strict=True):  # fmt: skip
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+def test_a_tokenizers_batch_in_parts():
+    """Mean loss of the halves, one after the other: batch norm's record passes on between them."""
+    config = vq.VQConfig(codebook_size=16, width=8, multipliers=(1, 2), res_blocks=1,
+                         attention_levels=(1,), norm_groups=4)  # fmt: skip
+    task = TokenizerTask(config, buffer_rows=64)
+    image_BHWC = jax.random.uniform(jax.random.key(1), (8, 16, 16, 3), minval=-1)
+    with jax.set_mesh(mesh.Mesh().make(jax.devices()[:1], task.axis_type)):
+        params, variables = jax.jit(task.init)(jax.random.key(0))
+        state, key = dict(params=params, variables=variables), jax.random.key(2)
+        _, after, values = jax.jit(
+            lambda batch: train.gradients(task, state, batch, key, 2))(dict(image=image_BHWC))
+        loss, losses = jax.jit(task.loss), []
+        for half in (image_BHWC[:4], image_BHWC[4:]):
+            value, (variables, _) = loss(params, variables, dict(image=half), key)
+            losses.append(value)
+    np.testing.assert_allclose(values["loss"], np.mean(losses), rtol=1e-5)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
+                 after, variables)  # fmt: skip
 
 
 def test_parts_that_do_not_split(tmp_path):

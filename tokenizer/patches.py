@@ -27,6 +27,12 @@ _TRAINED = ("norm_out", "conv_out", "time")
 
 def start(config: VQConfig, params: vq.Arrays, key: jax.Array) -> vq.Arrays:
     """`params` with the encoder set as above; ValueError if the last level can't hold the pairs."""
+    *_, channels, last = [0, *config.widths]
+    if last < 2 * channels or not channels or last // config.norm_groups % 2:
+        raise ValueError(
+            f"patches: the last level's {last} channels in {config.norm_groups} groups do not "
+            f"hold {channels} pairs; make the last multiplier twice the one before it"
+        )
     params = dict(params)
     for name, value in params.items():
         if name.startswith("encoder.") and name.endswith(("conv2.kernel", "proj_out.kernel")):
@@ -39,16 +45,11 @@ def start(config: VQConfig, params: vq.Arrays, key: jax.Array) -> vq.Arrays:
         shortcut = f"encoder.down.{level + 1}.block.0.nin_shortcut.kernel"
         if shortcut in params:
             params[shortcut] = jnp.eye(channels, deeper)
-    if deeper < 2 * channels or deeper // config.norm_groups % 2:
-        raise ValueError(
-            f"patches: the last level's {deeper} channels in {config.norm_groups} groups do not "
-            f"hold {channels} pairs; make the last multiplier twice the one before it"
-        )
-    pairs_FO = np.kron(np.eye(channels, deeper // 2), [SMALL, -SMALL])
+    pairs_FO = np.kron(np.eye(channels, last // 2), [SMALL, -SMALL])
     params[shortcut] = jnp.asarray(pairs_FO, jnp.float32)
     root = blocks.GROUP_NORM_EPS**0.5
-    params["encoder.norm_out.scale"] = jnp.full(deeper, root / SMALL)
-    params["encoder.norm_out.bias"] = jax.random.normal(key, (deeper,)) / 2
+    params["encoder.norm_out.scale"] = jnp.full(last, root / SMALL)
+    params["encoder.norm_out.bias"] = jax.random.normal(key, (last,)) / 2
     params["encoder.conv_out.kernel"] *= 3  # drawn for nine taps, of which one is left
     return hold(params)
 
