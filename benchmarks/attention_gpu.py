@@ -7,11 +7,13 @@ Prints one JSON line. `correct`: every implementation's output and gradients on 
 float64. `rows`: milliseconds (median of 10 or more, after warming up) of forward and of forward
 and backward together for dense causal rows and for three packings (benchmarks/packings.py), and
 TFLOP/s counted on visible pairs only: what is computed in vain counts as time, not as work.
-Implementations: "gpu" (emu3_jax/kernels/flash_gpu.py), "reference" (the same in XLA),
-"cudnn" (jax.nn.dot_product_attention) and "tokamax" where it is installed. The last two know no
-segments, so packed rows go to them as a boolean mask, up to 8,192 tokens. Whatever fails or is
-left out has an `error` or a `skipped` in place of its numbers. `--quick` takes the shortest rows.
-Without such a GPU: one line, and exit code 2.
+Implementations: ours are "gpu" (emu3_jax/kernels/flash_gpu.py), "reference" (the same in XLA) and
+"cudnn" (kernels/cudnn.py: a mask, whatever the row, and forward again in backward); `usual` says
+which of them `attention` takes for the row. The others are "jax.nn" (cuDNN called directly, told
+that rows are causal) and "tokamax" where it is installed. cuDNN and tokamax know no segments, so
+packed rows go to them as a boolean mask, up to 8,192 tokens. Whatever fails or is left out has an
+`error` or a `skipped` in place of its numbers. `--quick` takes the shortest rows. Without such a
+GPU: one line, and exit code 2.
 
 T position in a row  S key position  N heads  K kv heads  G heads per kv head  H head dim
 """
@@ -28,13 +30,13 @@ import numpy as np
 
 from benchmarks.packings import packing
 from emu3_jax import mesh
-from emu3_jax.attention import attention
+from emu3_jax.attention import KERNELS, attention, usual_kernel
+from emu3_jax.kernels import cudnn
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 DENSE = (4096, 8192, 32_768, 131_072)
 PACKED = (("images", 5120), ("short", 5120), ("short", 131_072), ("long", 131_072))
 QUICK = 8192  # tokens, with --quick
-MASKED = 8192  # the longest row with a boolean mask: 67 MB, and as a bias in bfloat16 twice that
 REFERENCE = 32_768  # the longest row for the reference; beyond, a round takes many seconds
 ROUNDS, ROUND_SECONDS = 10, 0.02
 FORWARD_FLOP, BOTH_FLOP = 4, 14  # per visible pair, head and head dim: 2 products, and 5 more
@@ -64,14 +66,15 @@ def main() -> None:
 
 def _ours(kernel: str):
     def attend(q, k, v, seg, pos, dense):
-        return attention(q, k, v, seg, pos, kernel=kernel)
+        out = attention(q, k, v, seg, pos, kernel=kernel)
+        return mesh.place(out, "....")  # laid out as dout is, on one device in name only
 
     return attend
 
 
-def _cudnn(q, k, v, seg, pos, dense):
+def _jax_nn(q, k, v, seg, pos, dense):
     return jax.nn.dot_product_attention(
-        q, k, v, mask=_mask(seg, pos, dense), is_causal=dense, implementation="cudnn"
+        q, k, v, mask=_mask(seg, pos, dense), is_causal=True, implementation="cudnn"
     )
 
 
@@ -82,7 +85,8 @@ def _tokamax(q, k, v, seg, pos, dense):
 
 
 IMPLEMENTATIONS = {
-    "gpu": _ours("gpu"), "reference": _ours("reference"), "cudnn": _cudnn, "tokamax": _tokamax,
+    "gpu": _ours("gpu"), "reference": _ours("reference"), "cudnn": _ours("cudnn"),
+    "jax.nn": _jax_nn, "tokamax": _tokamax,
 }  # fmt: skip
 
 
@@ -105,7 +109,7 @@ def _attempt(measure, *args) -> dict:
 
 def _place(name: str):
     """The mesh that our own attention asks for; the others know nothing of explicit axes."""
-    if name in ("gpu", "reference"):
+    if name in KERNELS:
         return jax.set_mesh(mesh.Mesh().make(jax.devices()[:1]))
     return contextlib.nullcontext()
 
@@ -180,17 +184,26 @@ def _row(name: str, length: int) -> dict:
         segments_T, positions_T = packing(name, length)
     lengths = np.bincount(segments_T)[1:].astype(np.int64)
     pairs = int((lengths * (lengths + 1) // 2).sum())
-    figures = {}
+    figures = dict(row=name, length=length, documents=len(lengths), visible_pairs=pairs)
+    figures["usual"] = usual_kernel(
+        jax.devices()[0], dtype=jnp.bfloat16, head_dim=HEAD_DIM, length=length, own=True,
+        ring=False, dropout=0.0, with_lse=False,
+    )  # fmt: skip
     for which in IMPLEMENTATIONS:
-        if which == "reference" and length > REFERENCE:
-            figures[which] = dict(skipped=f"rows above {REFERENCE} take the reference too long")
-        elif which in ("cudnn", "tokamax") and not dense and length > MASKED:
-            figures[which] = dict(
-                skipped=f"no boolean mask above {MASKED}: {length**2 / 1e9:.1f} GB"
-            )
+        if reason := _reason_to_skip(which, length, dense):
+            figures[which] = dict(skipped=reason)
         else:
             figures[which] = _attempt(_times, which, segments_T, positions_T, dense, pairs)
-    return dict(row=name, length=length, documents=len(lengths), visible_pairs=pairs) | figures
+    return figures
+
+
+def _reason_to_skip(which: str, length: int, dense: bool) -> str:
+    if which == "reference" and length > REFERENCE:
+        return f"rows above {REFERENCE} take the reference too long"
+    masked = which == "cudnn" or which in ("jax.nn", "tokamax") and not dense
+    if masked and length > cudnn.LONGEST:
+        return f"no boolean mask above {cudnn.LONGEST}: {length**2 / 1e9:.1f} GB"
+    return ""
 
 
 def _times(name: str, segments_T, positions_T, dense: bool, pairs: int) -> dict:

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from emu3_jax.kernels import flash_gpu, flash_tpu, mask, reference
+from emu3_jax.kernels import cudnn, flash_gpu, flash_tpu, mask, reference
 from emu3_jax.kernels.mask import HIDDEN, Dropout, Places
 from emu3_jax.mesh import place, shards, spec
 
 RING = "context"  # the mesh axis that rows are cut along
-KERNELS = {"reference": reference, "tpu": flash_tpu, "gpu": flash_gpu}
+KERNELS = {"reference": reference, "tpu": flash_tpu, "gpu": flash_gpu, "cudnn": cudnn}
 CONTEXTS = ("gather", "ring")
 
 
@@ -49,14 +49,18 @@ def attention(
             for every kernel, block size and mesh.
         context: what to do where T is sharded: "gather" all keys and values to every device, or
             send them around a "ring". The ring's work is even if rows are laid out by `balanced`.
-        kernel: "reference" (plain XLA), "tpu" or "gpu" (Pallas, "gpu" for Hopper in 16 bits and
-            not yet run on one; on other machines interpreted, slowly); "" chooses by the devices
-            of the mesh, never "gpu".
+        kernel: "reference" (plain XLA), "tpu" or "gpu" (Pallas, "gpu" for Hopper in 16 bits; on
+            other machines interpreted, slowly) or "cudnn"; "" takes the `usual_kernel` of the
+            mesh's devices. That is "tpu" on a TPU; "cudnn" on an NVIDIA GPU where it can: 16
+            bits, heads of up to 128, rows of up to 8,192 tokens, without dropout, ring, cache or
+            with_lse; else "reference". It is never "gpu": no GPU has run that or "cudnn" yet, so
+            there are no figures to choose by. benchmarks/attention_gpu.py makes them.
         with_lse: return (out_BTNH, lse_BTN): also the float32 log of the sum of exponentials,
             about HIDDEN for a query that sees nothing.
 
     Raises:
-        ValueError: dropout without a key, or an unknown `context` or `kernel`.
+        ValueError: dropout without a key, an unknown `context` or `kernel`, or what "cudnn"
+            cannot do.
     """
     if dropout and key is None:
         raise ValueError(f"attention dropout {dropout} needs a key")
@@ -68,7 +72,13 @@ def attention(
     if own:
         segments_BS, positions_BS = segments_BT, positions_BT
     (parts,) = shards("T")
-    method = Method(kernel or _usual_kernel(), dropout, parts if context == "ring" and own else 1)
+    ring = parts if context == "ring" and own else 1
+    asked = dict(dtype=q_BTNH.dtype, head_dim=q_BTNH.shape[3], length=q_BTNH.shape[1], own=own,
+                 ring=ring > 1, dropout=dropout, with_lse=with_lse)  # fmt: skip
+    kernel = kernel or usual_kernel(jax.sharding.get_abstract_mesh().abstract_device, **asked)
+    if kernel == "cudnn" and (objection := cudnn.objection(**asked)):
+        raise ValueError(objection)
+    method = Method(kernel, dropout, ring)
     seed = jax.random.bits(key) if dropout else jnp.uint32(0)
     index_B, index_N = (place(jnp.arange(size, dtype=jnp.uint32), dim)
                         for dim, size in zip("BN", (q_BTNH.shape[0], q_BTNH.shape[2]), strict=True))
@@ -82,6 +92,14 @@ def attention(
         in_specs=tuple(map(spec, dims)), out_specs=(spec("BTNH"), spec("BTN")), check_vma=False,
     )(*placed)  # fmt: skip
     return (out_BTNH, lse_BTN) if with_lse else out_BTNH
+
+
+def usual_kernel(device: jax.sharding.AbstractDevice | None, **asked) -> str:
+    """The kernel that `attention` takes on such a device for what cudnn.objection is told."""
+    if device is not None and device.platform == "tpu":
+        return "tpu"
+    nvidia = device is not None and device.device_kind.startswith("NVIDIA")  # AMD's are GPUs, too
+    return "cudnn" if nvidia and not cudnn.objection(**asked) else "reference"
 
 
 def balanced(length: int) -> jax.Array | None:
@@ -110,11 +128,6 @@ class Method(NamedTuple):
     kernel: str
     rate: float
     ring: int
-
-
-def _usual_kernel() -> str:
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return "tpu" if device is not None and device.platform == "tpu" else "reference"
 
 
 def _local(

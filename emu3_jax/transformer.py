@@ -41,15 +41,15 @@ class Transformer(Task):
     """The decoder's sizes; the defaults are Emu3-8B's (8,492,011,520 weights).
 
     `first_visual` is the id of code 0; only the metrics use it, to report the loss of vision and
-    text apart. `dropout` acts on embeddings, both residual branches and attention probabilities,
-    as in the released modelling code, and only while training. `init_std` is the standard
-    deviation of every initial matrix. `context` says how attention meets rows cut over the mesh
-    axis of that name: "gather" or "ring" (see attention.py). The weights hold ids up to a multiple
-    of `vocab_multiple`, which a mesh can split; those beyond `vocab` are never predicted, and
-    leave with the conversion to PyTorch. `loss_tile` is in ids (see loss.py), `z_loss` the weight
-    of the squared log partition sum (PaLM, arXiv 2204.02311, takes 1e-4). `unroll` layers are
-    compiled one by one in each round of the loop over layers: more compilation, and on CPU twice
-    the speed.
+    text apart. `dropout` acts on embeddings, both residual branches and attention probabilities, as
+    in the released modelling code, and only while training. `init_std` is the standard deviation of
+    every initial matrix. `context` says how attention meets rows cut over the mesh axis of that
+    name, "gather" or "ring", `kernel` what computes it, "" for the device's usual one (see
+    attention.py). The weights hold ids up to a multiple of `vocab_multiple`, which a mesh can
+    split; those beyond `vocab` are never predicted, and leave with the conversion to PyTorch.
+    `loss_tile` is in ids (see loss.py), `z_loss` the weight of the squared log partition sum (PaLM,
+    arXiv 2204.02311, takes 1e-4). `unroll` layers are compiled one by one in each round of the loop
+    over layers: more compilation, and on CPU twice the speed.
     """
 
     layers: int = 32
@@ -66,6 +66,7 @@ class Transformer(Task):
     first_visual: int = 151_854
     dtype: str = "bfloat16"
     context: str = "gather"
+    kernel: str = ""
     remat: str = "full"
     vocab_multiple: int = 1
     loss_tile: int = 8192
@@ -197,12 +198,13 @@ class Transformer(Task):
         if cache is not None:
             where, kv = where.behind(cache), cache["layers"]
         rope = _rope(positions_BT, self.head_dim, self.rope_theta)
+        how = dict(context=self.context, kernel=self.kernel)
 
         def layer(x_BTD, inputs):
             p, index, kv = inputs
             keys = jax.random.split(jax.random.fold_in(key, index), 3)
             h_BTD = _rms_norm(x_BTD, p["attn"]["norm"], self.norm_eps)
-            h_BTD, kv = _attend(p["attn"], h_BTD, rope, where, kv, self.context, rate, keys[0])
+            h_BTD, kv = _attend(p["attn"], h_BTD, rope, where, kv, rate, keys[0], **how)
             x_BTD += _dropout(h_BTD, where, keys[1], rate)
             h_BTD = _rms_norm(x_BTD, p["mlp"]["norm"], self.norm_eps)
             x_BTD += _dropout(_mlp(p["mlp"], h_BTD), where, keys[2], rate)
@@ -273,7 +275,7 @@ def _embed(table_VD, tokens_BT, dtype):
     return jax.shard_map(local, **layout)(place(table_VD, "VD"), place(tokens_BT, "BT"))
 
 
-def _attend(p, h_BTD, rope, where, kv, context, dropout, key):
+def _attend(p, h_BTD, rope, where, kv, dropout, key, **how):
     """The attention branch of one layer, and its keys and values with the new ones (or None)."""
     q_BTNH = checkpoint_name(rope(linear("BTD,DNH->BTNH", h_BTD, p["q"])), "qkv")
     k_BSKH = checkpoint_name(rope(linear("BTD,DKH->BTKH", h_BTD, p["k"])), "qkv")
@@ -282,8 +284,7 @@ def _attend(p, h_BTD, rope, where, kv, context, dropout, key):
         k_BSKH = _write(kv["k"], k_BSKH, where.index, "BSKH")
         v_BSKH = _write(kv["v"], v_BSKH, where.index, "BSKH")
         kv = dict(k=k_BSKH, v=v_BSKH)
-    o_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, *where[:4], dropout=dropout, key=key,
-                       context=context)
+    o_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, *where[:4], dropout=dropout, key=key, **how)
     return checkpoint_name(linear("BTNH,NHD->BTD", o_BTNH, p["o"]), "attention"), kv
 
 
