@@ -73,7 +73,7 @@ def build(
         ),
         store=Encode(
             images=images, list="train.jsonl", tokenizer=f"{run_dir}/tokenizer", vocab=vocab,
-            codes=CODES, directory=store, batch=64, min_pixels=32 * 32, max_pixels=32 * 32,
+            codes=CODES, directory=store, min_pixels=32 * 32, max_pixels=32 * 32,
             factor=tokenizer.spatial_factor, licence="CC BY-SA 4.0 (OpenMoji)",
         ),  # fmt: skip
         decoder=Train(

@@ -11,7 +11,8 @@ import json
 import pathlib
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import IO
 
 import grain
 import numpy as np
@@ -24,7 +25,11 @@ SMALLEST = 8
 WIDEST = 5
 
 
-class BadImage(ValueError):
+class BadFile(ValueError):
+    """A file of a source that cannot be used; the message names it."""
+
+
+class BadImage(BadFile):
     """An image that is corrupt, too small or too long; the message names it."""
 
 
@@ -57,8 +62,8 @@ class ImageFolder:
         return Record(entry["file"], image_HWC, entry["caption"] if "caption" in entry else "")
 
 
-def read_list(path: pathlib.Path) -> list[dict]:
-    """The entries of a .jsonl or .csv list; ValueError names what is wrong with it."""
+def read_list(path: pathlib.Path, kind: str = "image") -> list[dict]:
+    """The entries of a .jsonl or .csv list of images; ValueError names what is wrong with it."""
     if not path.exists():
         raise ValueError(f"{path} does not exist; write a list with the columns file and caption")
     text = path.read_text(encoding="utf-8")
@@ -67,7 +72,7 @@ def read_list(path: pathlib.Path) -> list[dict]:
     else:
         entries = [_parse(path, i, line) for i, line in enumerate(text.splitlines()) if line]
     if not entries:
-        raise ValueError(f"{path} lists no images; write one image a line")
+        raise ValueError(f"{path} lists no {kind}s; write one {kind} a line")
     for i, entry in enumerate(entries):
         if not isinstance(entry, dict) or "file" not in entry:
             raise ValueError(f"{path}, entry {i + 1} has no column 'file'; it reads {entry}")
@@ -84,23 +89,38 @@ def _parse(path: pathlib.Path, index: int, line: str) -> dict:
 def read_image(path: pathlib.Path) -> np.ndarray:
     """An image file as uint8 [H, W, 3] on white, turned as its EXIF says; BadImage if unusable."""
     try:
-        with PIL.Image.open(path) as image:
+        with open(path, "rb") as file:
+            return decode_image(str(path), file)
+    except FileNotFoundError:
+        raise BadImage(f"{path}: no such file") from None
+    except OSError as error:
+        raise BadImage(f"{path}: {_one_line(error)}") from None
+
+
+def decode_image(name: str, file: IO[bytes]) -> np.ndarray:
+    """`read_image` of an open file that errors call `name`."""
+    try:
+        with PIL.Image.open(file) as image:
             image = PIL.ImageOps.exif_transpose(image)
             if image.mode != "RGB":
                 image = image.convert("RGBA")
                 white = PIL.Image.new("RGBA", image.size, "white")
                 image = PIL.Image.alpha_composite(white, image).convert("RGB")
             image_HWC = np.asarray(image, np.uint8)
-    except FileNotFoundError:
-        raise BadImage(f"{path}: no such file") from None
     except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        raise BadImage(f"{path}: corrupt image ({_one_line(error)})") from error
-    height, width, _ = image_HWC.shape
-    if min(height, width) < SMALLEST:
-        raise BadImage(f"{path}: {width}x{height} px, smaller than {SMALLEST} px")
-    if max(height, width) > WIDEST * min(height, width):
-        raise BadImage(f"{path}: {width}x{height} px, aspect ratio above {WIDEST}")
+        raise BadImage(f"{name}: corrupt image ({_one_line(error)})") from error
+    if problem := size_problem(*image_HWC.shape[:2]):
+        raise BadImage(f"{name}: {problem}")
     return image_HWC
+
+
+def size_problem(height: int, width: int) -> str:
+    """Why pictures of this size are not used, or nothing."""
+    if min(height, width) < SMALLEST:
+        return f"{width}x{height} px, smaller than {SMALLEST} px"
+    if max(height, width) > WIDEST * min(height, width):
+        return f"{width}x{height} px, aspect ratio above {WIDEST}"
+    return ""
 
 
 def _one_line(error: Exception) -> str:
@@ -129,13 +149,37 @@ class ImageRows:
 
     def rows(self) -> grain.MapDataset:
         """The rows; ValueError for a missing or unusable list."""
-        return grain.MapDataset.source(_Rows(self))
+        folder = ImageFolder(self.directory, self.list)
+
+        def read(index: int, row: int) -> dict[str, np.ndarray]:
+            random_4 = shuffle.uniform(self.seed, row, range(4))
+            options = self.size, self.augment_flip, self.augment_shift
+            return {"image": cut(folder[index].image_HWC, random_4, *options)}
+
+        return grain.MapDataset.source(
+            Rows(self.directory, len(folder), read, self.seed, self.max_bad)
+        )
 
 
-class _Rows:
-    def __init__(self, config: ImageRows):
-        self._config = config
-        self._folder = ImageFolder(config.directory, config.list)
+class Rows:
+    """Rows without end: each takes an item of a source, all of them once an epoch, in an order
+    that is new each epoch.
+
+    `read(index, row)` makes a row of an item. Where it raises BadFile, the row takes another item;
+    each bad one is named once on stderr and kept in `bad`, at most `max_bad` of them.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        count: int,
+        read: Callable[[int, int], dict[str, np.ndarray]],
+        seed: int,
+        max_bad: int,
+        kind: str = "image",
+    ):
+        self._source, self._count, self._read = source, count, read
+        self._seed, self._max_bad, self._kind = seed, max_bad, kind
         self._lock = threading.Lock()
         self.bad: dict[int, str] = {}
 
@@ -143,48 +187,46 @@ class _Rows:
         return sys.maxsize
 
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
-        config, count = self._config, len(self._folder)
-        epoch, place = divmod(int(row), count)
-        index = int(shuffle.permute(place, count, shuffle.hash64(config.seed, epoch))[0])
-        for attempt in range(config.max_bad + 1):
-            image = self._read(index)
-            if image is not None:
-                return {
-                    "image": _cut(image, config, shuffle.uniform(config.seed, row, range(4)))
-                }
-            index = int(shuffle.hash64(config.seed, row, attempt)[0] % np.uint64(count))
+        epoch, place = divmod(int(row), self._count)
+        key = shuffle.hash64(self._seed, epoch)
+        index = int(shuffle.permute(place, self._count, key)[0])
+        for attempt in range(self._max_bad + 1):
+            made = self._try(index, int(row))
+            if made is not None:
+                return made
+            index = int(shuffle.hash64(self._seed, row, attempt)[0] % np.uint64(self._count))
         raise ValueError(
-            f"{config.directory}: no usable image in {config.max_bad} tries for row {row}"
+            f"{self._source}: no usable {self._kind} in {self._max_bad} tries for row {row}"
         )
 
-    def _read(self, index: int) -> np.ndarray | None:
-        if index in self.bad:
-            return None
+    def _try(self, index: int, row: int) -> dict[str, np.ndarray] | None:
+        # Known bad ones are tried again: a video may be bad in places, and a row is no history.
         try:
-            return self._folder[index].image_HWC
-        except BadImage as error:
+            return self._read(index, row)
+        except BadFile as error:
             with self._lock:
                 if index not in self.bad:
                     print(f"skipped: {error}", file=sys.stderr)
                 self.bad[index] = str(error)
-        if len(self.bad) > self._config.max_bad:
-            raise ValueError(
-                too_many_bad(self._config.directory, list(self.bad.values()), self._config.max_bad)
-            )
+        if len(self.bad) > self._max_bad:
+            messages = list(self.bad.values())
+            raise ValueError(too_many_bad(self._source, messages, self._max_bad, self._kind))
         return None
 
 
-def too_many_bad(source: str, messages: Sequence[str], limit: int) -> str:
+def too_many_bad(source: str, messages: Sequence[str], limit: int, kind: str = "image") -> str:
     """The line that ends a job whose source has more bad images than allowed."""
     return (
-        f"{source} has more than max_bad = {limit} bad images, the last: {messages[-1]}; "
+        f"{source} has more than max_bad = {limit} bad {kind}s, the last: {messages[-1]}; "
         "repair it or raise max_bad"
     )
 
 
-def _cut(image_HWC: np.ndarray, config: ImageRows, random_4: np.ndarray) -> np.ndarray:
+def cut(
+    image_HWC: np.ndarray, random_4: np.ndarray, size: int, flip: bool = False, shift: int = 0
+) -> np.ndarray:
+    """A square of a picture, as ImageRows says it; the numbers in [0, 1) decide where."""
     height, width, _ = image_HWC.shape
-    size = config.size
     if size and min(height, width) != size:
         scale = size / min(height, width)
         shape = (max(size, round(width * scale)), max(size, round(height * scale)))
@@ -195,9 +237,9 @@ def _cut(image_HWC: np.ndarray, config: ImageRows, random_4: np.ndarray) -> np.n
             int(u * (n - size + 1)) for u, n in zip(random_4, image_HWC.shape[:2], strict=False)
         )
         image_HWC = image_HWC[top : top + size, left : left + size]
-    if config.augment_flip and random_4[2] < 0.5:
+    if flip and random_4[2] < 0.5:
         image_HWC = image_HWC[:, ::-1]
-    return _shift(image_HWC, config.augment_shift, random_4[3])
+    return _shift(image_HWC, shift, random_4[3])
 
 
 def _shift(image_HWC: np.ndarray, most: int, random: float) -> np.ndarray:

@@ -7,18 +7,20 @@ without encoding again.
 Legend: N documents, E elements of a column, t latent frames, h rows, w columns of codes.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import shutil
+import uuid
 from collections.abc import Iterable
 
 import numpy as np
 
 from data_pipelines import arrays, checksum
 
-SCHEMA = 1
+SCHEMA = 2
 TEXT, IMAGE, VIDEO = 0, 1, 2
 COLUMNS = {
     "codes": "uint16",
@@ -28,6 +30,7 @@ COLUMNS = {
     "kind": "uint8",
     "grid": "int32",  # t, h, w of each document, one after the other
     "fps": "float32",
+    "frames": "int32",
     "keys": "uint8",  # UTF-8, each key ended by a newline
 }
 # Elements of an inner chunk, the least that is read: about one image, or a column at a time.
@@ -43,13 +46,15 @@ class StoreError(ValueError):
 class Document:
     """One stored document: text ids, and codes where it has an image (t = 1) or a video.
 
-    `fps` is the frame rate of a video in pixel frames a second and 0 for anything else.
+    Of a video, `fps` is the frame rate in pixel frames a second and `frames` how many it has,
+    before its last one was repeated to fill up the latent ones; 0 for anything else.
     """
 
     key: str
     text: np.ndarray
     codes_thw: np.ndarray | None = None
     fps: float = 0.0
+    frames: int = 0
 
     @property
     def kind(self) -> int:
@@ -61,14 +66,17 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class Fingerprints:
-    """What a part was made with, in hexadecimal; "" where it does not matter.
+    """What a part was made with; "" where it does not matter.
 
-    `tokenizer` is "" for a store without images, `source` tells what was read and how.
+    The first three are hashes: `tokenizer` is "" for a store without images, `source` tells what
+    was read and how. `dtype` is what the tokenizer computed in, `video` one of encoder.MODES.
     """
 
     vocabulary: str = ""
     tokenizer: str = ""
     source: str = ""
+    dtype: str = ""
+    video: str = ""
 
     def check(self, name: str, info: dict) -> None:
         """Raises StoreError if the part.json or store.json `info` of `name` has others."""
@@ -87,11 +95,21 @@ def part_name(part: int, parts: int) -> str:
 
 
 def is_complete(path: pathlib.Path, made_with: Fingerprints) -> bool:
-    """Whether the part is written; StoreError if it is, but with other fingerprints."""
+    """Whether the part is written; StoreError if it is, but otherwise than this run would."""
     info = read_json(path / "part.json")
     if info is not None:
+        check_schema(str(path), info)
         made_with.check(str(path), info)
     return info is not None
+
+
+def check_schema(name: str, info: dict) -> None:
+    """Raises StoreError if a part or store is of another version of this code."""
+    if info["schema"] != SCHEMA:
+        raise StoreError(
+            f"{name} has schema {info['schema']}, this code reads {SCHEMA}; remove it and encode "
+            "it again"
+        )
 
 
 def write(
@@ -136,6 +154,7 @@ class Part:
                 raise self._damaged(f"{name} has {found} bytes of {size}")
         self.kind_N = self._column("kind")
         self.fps_N = self._column("fps")
+        self.frames_N = self._column("frames")
         self.grid_N3 = self._column("grid").reshape(-1, 3)
         self.text_offsets = self._column("text_offsets")
         self.code_offsets = self._column("code_offsets")
@@ -165,6 +184,7 @@ class Part:
                 text=text,
                 codes_thw=None if self.kind_N[i] == TEXT else codes.reshape(self.grid_N3[i]),
                 fps=float(self.fps_N[i]),
+                frames=int(self.frames_N[i]),
             )
             for i, codes, text in pieces
         ]
@@ -205,10 +225,19 @@ def read_json(path: pathlib.Path) -> dict | None:
 
 
 def write_json(path: pathlib.Path, value: dict) -> None:
-    """Replaces the file in one move, so that it is there whole or not at all."""
-    written = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    written.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(written, path)
+    """Replaces the file in one move, so that it is there whole or not at all.
+
+    Several processes may write the same value at once. What killed ones left is removed.
+    """
+    text = json.dumps(value, indent=1) + "\n"
+    while not (path.exists() and path.read_text() == text):
+        # Not the process id: those of two containers may be the same.
+        written = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+        written.write_text(text)
+        with contextlib.suppress(FileNotFoundError):  # removed by another that was done first
+            os.replace(written, path)
+    for left in path.parent.glob(f"{path.name}.*.tmp"):
+        left.unlink(missing_ok=True)
 
 
 def _columns(documents: list[Document]) -> dict[str, np.ndarray]:
@@ -229,6 +258,7 @@ def _columns(documents: list[Document]) -> dict[str, np.ndarray]:
         "kind": np.array([d.kind for d in documents]),
         "grid": np.array(grids).ravel(),
         "fps": np.array([d.fps for d in documents]),
+        "frames": np.array([d.frames for d in documents]),
         "keys": np.frombuffer("".join(d.key + "\n" for d in documents).encode(), np.uint8),
     }
     return {name: values[name].astype(dtype) for name, dtype in COLUMNS.items()}

@@ -36,10 +36,11 @@ def finish(directory: str, parts: int, source: str, licence: str) -> bool:
     ]
     if any(info is None for info in infos):
         return False
-    names = ("documents", "codes", "text_tokens", "skipped")
+    same = ("schema", "vocabulary", "tokenizer", "dtype", "video")
+    counts = ("documents", "codes", "text_tokens", "skipped")
     info = {
-        **{name: infos[0][name] for name in ("schema", "vocabulary", "tokenizer")},
-        **{name: sum(i[name] for i in infos) for name in names},
+        **{name: infos[0][name] for name in same},
+        **{name: sum(info[name] for info in infos) for name in counts},
         "parts": parts,
         "read_from": source,
         "licence": licence,
@@ -67,11 +68,7 @@ class Store:
         info = store_parts.read_json(pathlib.Path(directory) / "store.json")
         if info is None:
             raise StoreError(_why_no_store(pathlib.Path(directory)))
-        if info["schema"] != store_parts.SCHEMA:
-            raise StoreError(
-                f"store {directory} has schema {info['schema']}, this code reads "
-                f"{store_parts.SCHEMA}; encode it again"
-            )
+        store_parts.check_schema(f"store {directory}", info)
         Fingerprints(vocabulary, tokenizer).check(f"store {directory}", info)
         if not info["documents"]:
             raise StoreError(f"store {directory} holds no documents; encode a source that has some")

@@ -7,11 +7,10 @@ import dataclasses
 import json
 import pathlib
 
-import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines import image_folder, openmoji
-from tokenizer import convert, pixels
+from tokenizer import convert, evaluate
 
 MEANING = {
     "tokenizer_psnr_db": "reconstruction of images the tokenizer never saw: mean over images of "
@@ -63,16 +62,13 @@ class Evaluate:
     def _tokenizer(self) -> tuple[float, float]:
         """(PSNR in dB, share of codes used) on the images held out from the tokenizer."""
         folder = image_folder.ImageFolder(self.images, "tokenizer_heldout.jsonl")
-        vq = convert.load(self.tokenizer)
-        ratios, used = [], set()
-        for start in range(0, len(folder), self.batch):
-            stop = min(start + self.batch, len(folder))
-            real_BHWC = np.stack([folder[i].image_HWC for i in range(start, stop)])
-            codes_Bhw = vq.encode(pixels.to_float(jnp.asarray(real_BHWC)))
-            made_BHWC = np.asarray(pixels.to_uint8(vq.decode(codes_Bhw)))
-            ratios += psnr_db(real_BHWC, made_BHWC).tolist()
-            used |= set(np.asarray(codes_Bhw).ravel().tolist())
-        return float(np.mean(ratios)), len(used) / vq.config.codebook_size
+        job = evaluate.Evaluate(batch=self.batch, shown=0)
+        judges = evaluate.Judges({}, figures=())
+        size = len(folder[0].image_HWC)
+        figures = evaluate.measure(
+            job, convert.load(self.tokenizer), judges, folder, "images", size
+        ).figures
+        return figures["psnr_db"], figures["codebook_usage"]
 
 
 class Drawn:
@@ -86,12 +82,6 @@ class Drawn:
     def exact_captions(self) -> float:
         """The share of captions that are right to the letter."""
         return float(np.mean([entry["said"] == entry["caption"] for entry in self.entries]))
-
-
-def psnr_db(real_BHWC: np.ndarray, made_BHWC: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio of each 8-bit image: 10 log10(255^2 / mean squared error)."""
-    error_BHWC = real_BHWC.astype(np.float64) - made_BHWC
-    return 10 * np.log10(255**2 / np.maximum(np.mean(error_BHWC**2, axis=(1, 2, 3)), 1e-10))
 
 
 def small(image_BHWC: np.ndarray, side: int = 16) -> np.ndarray:

@@ -12,6 +12,7 @@ import numpy as np
 
 from data_pipelines import mixture
 from emu3_jax import checkpoint, mesh
+from emu3_jax import vocab as vocabulary
 from tokenizer.exchange import Convert
 
 
@@ -58,8 +59,8 @@ class Export:
             number += 1
         found = found[: self.documents]
         length_B = np.array([len(ids) for ids in found])
-        pad = rows[0]["tokens"][rows[0]["segments"] == 0]
-        ids_BT = np.full((len(found), length_B.max()), pad[0] if len(pad) else 0, np.int32)
+        pad = vocabulary.Vocab.load(self.data.vocab, self.data.codes).pad
+        ids_BT = np.full((len(found), length_B.max()), pad, np.int32)
         for ids_T, found_T in zip(ids_BT, found, strict=True):
             ids_T[: len(found_T)] = found_T
         return ids_BT, length_B

@@ -3,22 +3,18 @@
 H rows and W columns of pixels, C colours
 """
 
-import base64
 import dataclasses
 import html
-import io
 import json
 import pathlib
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import PIL.Image
 
 from demo import evaluate
 from emu3_jax import metrics
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
+from tokenizer import report
 
 AIMS = {  # what the demo is asked to reach
     "tokenizer_psnr_db": 22.0,
@@ -28,15 +24,10 @@ AIMS = {  # what the demo is asked to reach
     "caption_exact_train": 0.6,
 }
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em;
-       color: #222; }
-h1 { margin-bottom: 0; } h2 { margin-top: 2em; border-bottom: 1px solid #ddd; }
-table { border-collapse: collapse; } td, th { padding: .3em .8em; text-align: left; }
-tr:nth-child(even) { background: #f6f6f6; } .hit { color: #17732b; } .miss { color: #a33; }
+.hit { color: #17732b; } .miss { color: #a33; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); gap: 10px; }
 .card { border: 1px solid #ddd; border-radius: 6px; padding: 8px; font-size: 13px; }
 .card img { width: 68px; height: 68px; image-rendering: pixelated; margin-right: 4px; }
-.said { color: #666; } .plot { max-width: 100%; }
 """
 
 
@@ -69,10 +60,8 @@ class Report:
             "<h2>Time</h2>", _times(seconds),
             "<p class=said>Pictures: OpenMoji, CC BY-SA 4.0.</p>",
         ]  # fmt: skip
-        page = f"<!doctype html><meta charset=utf-8><title>emu3_jax demo</title><style>{STYLE}" \
-               f"</style>{''.join(parts)}"  # fmt: skip
         path = run_dir / "report.html"
-        path.write_text(page)
+        path.write_text(report.page("emu3_jax demo", parts, STYLE))
         sheets = [evaluate.Drawn(self.drawn, f"{name}.jsonl") for name in
                   ("heldout_skin_tone", "train")]  # fmt: skip
         PIL.Image.fromarray(_sheet(sheets, columns=12)).save(run_dir / "sheet.png")
@@ -95,7 +84,7 @@ def _cards(drawn: evaluate.Drawn, count: int) -> str:
     cards = []
     for i, entry in enumerate(drawn.entries[:count]):
         images = "".join(
-            f"<img title={kind} alt={kind} src='{_png(drawn.pixels[kind][i])}'>"
+            f"<img title={kind} alt={kind} src='{report.image_uri(drawn.pixels[kind][i])}'>"
             for kind in ("real", "decoded", "drawn")
         )
         cards.append(
@@ -126,23 +115,10 @@ def _curves(run_dir: str, stage: str, names: tuple[str, ...], unit: str) -> str:
     axes.set(title=stage, xlabel="step", ylabel=unit)
     axes.grid(alpha=0.3)
     axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110)
-    plt.close(figure)
-    return f"<img class=plot alt='{stage}' src='{_data(buffer)}'>"
+    return report.plot(figure, stage)
 
 
 def _times(seconds: dict[str, float]) -> str:
     rows = [f"<tr><td>{stage}<td>{metrics.time_left(s)}" for stage, s in seconds.items()]
     total = f"<tr><th>all<th>{metrics.time_left(sum(seconds.values()))}"
     return f"<table><tr><th>stage<th>time{''.join(rows)}{total}</table>"
-
-
-def _png(image_HWC: np.ndarray) -> str:
-    buffer = io.BytesIO()
-    PIL.Image.fromarray(image_HWC).save(buffer, "png")
-    return _data(buffer)
-
-
-def _data(buffer: io.BytesIO) -> str:
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

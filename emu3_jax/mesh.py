@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, NamedSharding
 
 AXES = ("data", "fsdp", "fsdp_minor", "context", "tensor")  # the two fsdp act as one
@@ -115,7 +116,8 @@ def sharders(dim: str) -> str:
 
 
 def _axes(dims: str) -> list[tuple[str, ...]]:
-    used, layout = set(), []
+    used = set(jax.sharding.get_abstract_mesh().manual_axes)  # within a shard_map: not ours to cut
+    layout = []
     for dim in dims:
         layout.append(tuple(axis for axis in RULES.get(dim, ()) if axis not in used))
         used.update(layout[-1])
@@ -139,7 +141,7 @@ def linear(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
     Left to itself the compiler sums a weight's gradient over all devices whole and then cuts it;
     here each device gets the sum of its own piece only (see `weight_grad`).
     """
-    return einsum(equation, x, w.astype(x.dtype))
+    return einsum(equation, x, nearly_whole(w.astype(x.dtype), _dims(equation)[1]))
 
 
 def _linear_forward(equation, x, w):
@@ -148,13 +150,30 @@ def _linear_forward(equation, x, w):
 
 def _linear_backward(equation, kept, dy):
     x, w = kept
-    (dx,) = jax.vjp(lambda x: einsum(equation, x, w.astype(x.dtype)), x)[1](dy)
-    inputs, y_dims = equation.split("->")
-    x_dims, w_dims = inputs.split(",")
+    x_dims, w_dims, y_dims = _dims(equation)
+    used = nearly_whole(w.astype(x.dtype), w_dims)
+    (dx,) = jax.vjp(lambda x: einsum(equation, x, used), x)[1](dy)
     return dx, weight_grad(f"{x_dims},{y_dims}->{w_dims}", x, dy).astype(w.dtype)
 
 
 linear.defvjp(_linear_forward, _linear_backward)
+
+
+def _dims(equation: str) -> list[str]:
+    return equation.replace("->", ",").split(",")  # of BTD,DF->BTF these three
+
+
+def nearly_whole(w: jax.Array, dims: str) -> jax.Array:
+    """A weight laid out as `dims`, gathered over all axes but `fsdp` and `tensor`.
+
+    In a program of several slices XLA:TPU gathers over the whole of a 3-D torus by summing what is
+    0 but for each device's piece: twice the traffic, and the array once more. So there, or
+    wherever there is `data`, it is gathered in two steps, of which this is the first.
+    """
+    if jax.sharding.get_abstract_mesh().shape["data"] == 1:
+        return w
+    kept = [tuple(axis for axis in axes if axis in ("fsdp", "tensor")) for axes in _axes(dims)]
+    return jax.sharding.reshard(w, jax.P(*(axes or None for axes in kept)))
 
 
 def weight_grad(equation: str, x: jax.Array, dy: jax.Array) -> jax.Array:
@@ -163,33 +182,58 @@ def weight_grad(equation: str, x: jax.Array, dy: jax.Array) -> jax.Array:
     Each device multiplies what it has; the products are reduce-scattered over the mesh axes that
     shard the result, and summed whole over the others.
     """
-    inputs, w_dims = equation.split("->")
-    x_dims, y_dims = inputs.split(",")
+    x_dims, y_dims, w_dims = _dims(equation)
     layout = dict(zip(x_dims, _axes(x_dims), strict=True))
     summed = [axis for dim in x_dims if dim not in w_dims for axis in layout[dim]]
+    pieces = [(axis, dim) for dim, axes in enumerate(_axes(w_dims)) for axis in axes
+              if axis in summed]  # fmt: skip
+    whole = tuple(axis for axis in summed if axis not in dict(pieces))
 
     def local(x, dy):
         w = jnp.einsum(equation, x, dy, preferred_element_type=jnp.float32)
-        whole = list(summed)
-        for place, axes in enumerate(_axes(w_dims)):
-            for axis in axes:
-                if axis in summed:
-                    w = _reduce_scatter(w, axis, place)
-                    whole.remove(axis)
-        return jax.lax.psum(w, tuple(whole)) if whole else w
+        for axis, dim in pieces:
+            w = _reduce_scatter(w, axis, dim)
+        return jax.lax.psum(w, whole) if whole else w
 
     return jax.shard_map(local, in_specs=(spec(x_dims), spec(y_dims)), out_specs=spec(w_dims),
                          check_vma=False)(place(x, x_dims), place(dy, y_dims))  # fmt: skip
 
 
 def _reduce_scatter(w: jax.Array, axis: str, dim: int) -> jax.Array:
-    # As a matrix where it can be one: of other shapes TPU's compiler may sum everything first.
-    before, after = w.shape[:dim], w.shape[dim + 1 :]
-    if not (before and after):
-        w = w.reshape(-1, w.shape[dim]) if before else w.reshape(w.shape[dim], -1)
-        dim = 1 if before else 0
-    w = jax.lax.psum_scatter(w, axis, scatter_dimension=dim, tiled=True)
-    return w.reshape(*before, w.shape[dim], *after)
+    # Whole rows of a matrix, one after the other in memory: of other pieces TPU's compiler may sum
+    # everything everywhere first, then cut (columns of fewer than 128 it always does).
+    w = jnp.moveaxis(w, dim, 0)
+    rows, *rest = w.shape
+    w = with_layout_constraint(w.reshape(rows, -1), Layout(major_to_minor=(0, 1)))
+    w = jax.lax.psum_scatter(w, axis, scatter_dimension=0, tiled=True)
+    return jnp.moveaxis(w.reshape(-1, *rest), 0, dim)
+
+
+def apart_along_data(function, out_specs):
+    """function(*whole, rows) as (whole, rows) -> result, where each index along the mesh axis
+    `data` has its own rows, and what is `whole` in common. The axes are explicit.
+
+    Within, no layout mentions `data`: the function itself sums over it what it returns, of which
+    `out_specs` are the layouts.
+    """
+    others = tuple(axis for axis in AXES if axis != "data")
+
+    def inside(x):
+        return jax.P(*(tuple(axis for axis in axes if axis != "data") if isinstance(axes, tuple)
+                       else axes for axes in jax.typeof(x).sharding.spec))  # fmt: skip
+
+    def apart(whole, rows):
+        in_specs = jax.tree.map(inside, (*whole, rows))
+        # Where the other axes are explicit, too, jax.shard_map takes what they cut for whole, and
+        # every weight would be gathered. So for the passage they are not.
+        passing = jax.shard_map(
+            jax.sharding.explicit_axes(function, axes=others, in_sharding=in_specs),
+            in_specs=(*(jax.P() for _ in whole), jax.P("data")), out_specs=jax.P(),
+            axis_names={"data"}, check_vma=False,
+        )  # fmt: skip
+        return jax.sharding.auto_axes(passing, axes=others, out_sharding=out_specs)(*whole, rows)
+
+    return apart
 
 
 def place(x: jax.Array, dims: str) -> jax.Array:

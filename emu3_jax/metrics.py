@@ -5,7 +5,6 @@ import pathlib
 import time
 
 import jax
-import tensorboardX
 
 from emu3_jax import chips
 
@@ -21,6 +20,8 @@ class Metrics:
         self._writes = jax.process_index() == 0
         if not self._writes:
             return
+        import tensorboardX  # where PyTorch is installed it loads that, which takes seconds
+
         self._name, self._start, self._steps = name, start, steps
         self._path = pathlib.Path(run_dir) / "metrics.jsonl"
         self._path.parent.mkdir(parents=True, exist_ok=True)

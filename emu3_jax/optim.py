@@ -13,8 +13,9 @@ class AdamW:
     fine-tuning script (betas 0.9 and 0.95, eps 1e-6, decay 0.1, clip 5).
 
     `rate` is the peak, reached after `warmup` steps; `final` the fraction of it left at the end;
-    `clip` bounds the global gradient norm. `moments` is the type both moments are kept in between
-    steps (they are computed in float32); `offload` keeps them in the host's memory.
+    `clip` bounds the global gradient norm (of each group of weights, where a task has such).
+    `moments` is the type both moments are kept in between steps (they are computed in float32);
+    `offload` keeps them in the host's memory.
     """
 
     rate: float = 5e-5
@@ -35,13 +36,17 @@ class AdamW:
             0.0, self.rate, warmup, steps, self.rate * self.final
         )
 
-    def make(self, steps: int, decays) -> optax.GradientTransformation:
-        """The optimizer; `decays` is a tree of bools, True where weight decay applies."""
+    def make(self, steps: int, decays, groups=None) -> optax.GradientTransformation:
+        """The optimizer; `decays` is a tree of bools, True where weight decay applies.
+
+        `groups` is a tree of names: weights of one name are clipped by the norm of their gradients.
+        """
         adamw = optax.adamw(self.schedule(steps), self.b1, self.b2, self.eps,
                             weight_decay=self.weight_decay, mask=decays)  # fmt: skip
-        return optax.chain(
-            optax.clip_by_global_norm(self.clip), kept(adamw, self.moments, self.offload)
-        )
+        clip = optax.clip_by_global_norm(self.clip)
+        if groups is not None:
+            clip = optax.partition(dict.fromkeys(jax.tree.leaves(groups), clip), groups)
+        return optax.chain(clip, kept(adamw, self.moments, self.offload))
 
 
 def kept(

@@ -15,7 +15,7 @@ from jax.experimental import serialize_executable
 from jax.sharding import AxisType
 
 from emu3_jax import checkpoint, chips, config, metrics, optim
-from emu3_jax.mesh import Mesh, sharders, sharding, shards, spec
+from emu3_jax.mesh import Mesh, apart_along_data, sharders, sharding, shards, spec
 
 
 class Task:
@@ -46,6 +46,11 @@ class Task:
         """Another run's weights in this task's sizes, where only padding differs."""
         return params
 
+    def initial(self, path: str, params, variables) -> tuple[Any, Any]:
+        """(weights, variables) to start from: those of the run in `path`, not the given ones."""
+        _, params, variables, _ = checkpoint.restore_model(path)
+        return self.adapted(params), variables
+
     def after_update(self, params, variables, step, key) -> tuple[Any, Any]:
         """What happens to the state after the optimizer's update, e.g. codebook restarts."""
         return params, variables
@@ -54,13 +59,18 @@ class Task:
         """A tree of bools, True where weight decay applies; None means everywhere."""
         return None
 
+    def groups(self):
+        """A tree of names, by which gradients are clipped apart; None means all together."""
+        return None
+
 
 @dataclasses.dataclass
 class Train:
     """Trains `task` on `data` for `steps` batches of `batch` rows; goes on where it stopped.
 
     `initial`, a run directory (as configs/convert.py makes of a published model, too), gives the
-    weights and variables to start from instead of random ones.
+    weights and variables to start from instead of random ones; of a tokenizer, a published one's
+    directory does as well.
 
     A batch may be taken in `accumulate` parts, one after the other, for one update. With `ema`
     (0.999, say) a moving average of the weights is kept, which is what others then load.
@@ -137,7 +147,7 @@ class Train:
         return self.abstract_state(device_mesh), batch, step
 
     def _optimizer(self) -> optax.GradientTransformation:
-        return self.optimizer.make(self.steps, self.task.decays())
+        return self.optimizer.make(self.steps, self.task.decays(), self.task.groups())
 
     def _check_same_run(self, saved: dict) -> None:
         """Raises ValueError if the checkpoint is of another task; tells of what else changed."""
@@ -255,7 +265,9 @@ def _check_finite(step: int, figures: dict[str, float]) -> None:
 
 def init(task: Task, optimizer: optax.GradientTransformation, seed: int, ema: float = 0.0) -> dict:
     """The state before the first step: params, variables, the optimizer's arrays, perhaps ema."""
-    params, variables = task.init(jax.random.key(seed))
+    made = task.init(jax.random.key(seed))
+    # Weak types (of jnp.full, say) are gone after a step, which would then be compiled again.
+    params, variables = jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), made)
     state = dict(params=params, variables=variables, optimizer=optimizer.init(params))
     return state | (dict(ema=params) if ema else {})
 
@@ -265,8 +277,8 @@ def initial_weights(task: Task, run_dir: str, state: dict) -> dict:
 
     Raises ValueError if they are not the same arrays.
     """
-    _, params, variables, _ = checkpoint.restore_model(run_dir)
-    found = dict(params=task.adapted(params), variables=variables)
+    params, variables = task.initial(run_dir, state["params"], state["variables"])
+    found = dict(params=params, variables=variables)
     wanted = {part: state[part] for part in found}
     shapes = [jax.tree.map(lambda x: tuple(x.shape), tree) for tree in (found, wanted)]
     if shapes[0] != shapes[1]:
@@ -311,30 +323,48 @@ def gradients(task: Task, state: dict, batch: dict, key, accumulate: int) -> tup
     """(gradients, variables, metrics) of a batch, taken in `accumulate` parts.
 
     The gradient is that of the whole batch's mean loss. A metric is the mean over the parts,
-    weighed as the loss is.
+    weighed as the loss is. Of each part gradients are summed over the mesh axes that cut weights,
+    because no device holds them whole; over `data`, which may cross slices, once for all parts
+    (if the axes are explicit).
     """
-    grad_fn = jax.value_and_grad(task.loss, has_aux=True)
-
-    def part(variables, batch, key):
-        (loss, (variables, values)), grads = grad_fn(state["params"], variables, batch, key)
-        return (grads, dict(loss=loss, **values)), variables
-
+    params, variables = state["params"], state["variables"]
     if accumulate == 1:
-        (grads, values), variables = part(state["variables"], batch, key)
-        return grads, variables, values
-    total = task.weight(batch)
+        return _part(task, params, variables, batch, key)
+    if task.axis_type is AxisType.Auto:  # its variables are of a part's rows on all devices
+        return _in_parts(task, params, variables, batch, key, accumulate, task.weight(batch))
+
+    def local(params, key, batch):
+        total = jax.lax.psum(task.weight(batch), "data")
+        key = jax.random.fold_in(key, jax.lax.axis_index("data"))
+        grads, _, values = _in_parts(task, params, variables, batch, key, accumulate, total)
+        return jax.lax.psum((grads, values), "data")
+
+    layouts = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, params)
+    grads, values = apart_along_data(local, (layouts, jax.P()))((params, key), batch)
+    return grads, variables, values
+
+
+def _part(task: Task, params, variables, batch, key) -> tuple:
+    grad_fn = jax.value_and_grad(task.loss, has_aux=True)
+    (loss, (variables, values)), grads = grad_fn(params, variables, batch, key)
+    return grads, variables, dict(loss=loss, **values)
+
+
+def _in_parts(task: Task, params, variables, batch, key, count: int, total) -> tuple:
+    """`_part` of `count` parts, one after the other, each weighed by its share of `total`."""
 
     def add(carry, inputs):
         sums, variables = carry
-        found, variables = part(variables, *inputs)
+        grads, variables, values = _part(task, params, variables, *inputs)
         share = task.weight(inputs[0]) / total
-        return (jax.tree.map(lambda old, new: old + share * new, sums, found), variables), None
+        sums = jax.tree.map(lambda old, new: old + share * new, sums, (grads, values))
+        return (sums, variables), None
 
-    parts = jax.tree.map(lambda x: _parts(x, accumulate), batch), jax.random.split(key, accumulate)
+    parts = jax.tree.map(lambda x: _parts(x, count), batch), jax.random.split(key, count)
     one = jax.tree.map(lambda x: x[0], parts)
-    _, values = jax.eval_shape(part, state["variables"], *one)[0]
-    zeros = jax.tree.map(jnp.zeros_like, (state["params"], values))
-    ((grads, values), variables), _ = jax.lax.scan(add, (zeros, state["variables"]), parts)
+    *_, values = jax.eval_shape(functools.partial(_part, task), params, variables, *one)
+    zeros = jax.tree.map(jnp.zeros_like, (params, values))
+    ((grads, values), variables), _ = jax.lax.scan(add, (zeros, variables), parts)
     return grads, variables, values
 
 

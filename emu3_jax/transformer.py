@@ -125,8 +125,9 @@ class Transformer(Task):
         """
         order_T = balanced(batch["tokens"].shape[1]) if self.context == "ring" else None
         if order_T is not None:
-            batch = {name: x_BT.at[:, order_T].get(out_sharding=spec("BT"))
-                     for name, x_BT in batch.items()}
+            whole = {name: place(x_BT, "BS") for name, x_BT in batch.items()}
+            batch = {name: place(x_BS.at[:, order_T].get(out_sharding=spec("BS")), "BT")
+                     for name, x_BS in whole.items()}
         x_BTD, _ = self.hidden(
             params, batch["tokens"], batch["segments"], batch["positions"], key=key
         )

@@ -1,12 +1,14 @@
 """What a run needs, by compiling it: for devices that are here, and for TPUs that are not."""
 
 import dataclasses
+import functools
 import json
 
 import jax
 import pytest
 
-from emu3_jax import chips, launch, mesh, metrics, train
+from benchmarks import compile_pods
+from emu3_jax import chips, hlo, launch, mesh, metrics, train
 from emu3_jax import compile as compile_lib
 from tests import toy
 
@@ -147,9 +149,9 @@ def libtpu():
 
 def test_gradients_on_a_torus_are_reduce_scattered(libtpu, monkeypatch, tmp_path, capsys):
     """fsdp over both dimensions of a 4x4 slice: cut in two axes, and no matrix's gradient is
-    summed whole anywhere."""
+    summed whole anywhere, also where a device's piece has fewer columns than a register."""
     path = config_file(tmp_path, fsdp=-1)
-    sizes = dict(width=2048, heads=4, kv_heads=2, head_dim=128, ffn=4096, vocab=8192)
+    sizes = dict(width=1024, heads=4, kv_heads=2, head_dim=128, ffn=4096, vocab=8192)
     changes = [f"task.{key}={value}" for key, value in sizes.items()]
     changes += ["batch=16", "task.dtype=bfloat16", "task.remat=full", "task.loss_tile=4096"]
     devices = compile_lib.described("v5e:4x4")
@@ -164,6 +166,23 @@ def test_gradients_on_a_torus_are_reduce_scattered(libtpu, monkeypatch, tmp_path
     assert report["largest_all_reduce_mib"] < 0.1  # norms: the smallest matrix has 8 MiB
 
 
+def test_a_table_of_compilations_survives_a_failure(tmp_path, capsys, monkeypatch):
+    path = config_file(tmp_path, fsdp=-1)
+    rows = [compile_pods.Row(name, topology, "task.remat=full batch=16", path, 1.5)
+            for name, topology in (("no slice", "v9x:2x2"), ("this machine", ""), ("absent", ""))]
+    monkeypatch.setattr(compile_pods, "ROWS", rows)
+    monkeypatch.setattr("sys.argv", ["compile_pods", "--only", "i"])  # "absent" has none
+    compile_pods.main()
+    *table, last = capsys.readouterr().out.splitlines()
+    failed, good = json.loads(last)["rows"]
+    assert "topology 'v9x:2x2' is not CHIP:SIZES" in failed["error"]
+    assert good["batch"] == 16 and good["devices"] == 8 and "error" not in good
+    assert [text.split(" | ")[0] for text in table[2:]] == ["| no slice", "| this machine"]
+    assert {text.count("|") for text in table} == {table[0].count("|")}
+    assert table[3].endswith(f"| {good['compile_seconds']} | 1.5 |")
+    assert compile_pods.compiled(rows[1], 0.01) == dict(error="took longer than 0.01 s")
+
+
 def test_slices_lie_along_data(libtpu):
     devices = compile_lib.described("2*v5e:2x2")
     made = mesh.Mesh(data=2).make(devices)
@@ -171,6 +190,18 @@ def test_slices_lie_along_data(libtpu):
         assert {device.slice_index for device in made.devices[index].flat} == {index}
     with pytest.raises(ValueError, match="data = 1 does not split over 2 slices"):
         mesh.Mesh(data=1).make(devices)
+
+
+def test_weights_are_gathered_within_a_slice_and_not_summed(libtpu):
+    device_mesh = mesh.Mesh(data=2).make(compile_lib.described("2*v5p:4x4x4"))
+    x_BTD, w_DF = (
+        jax.ShapeDtypeStruct(shape, "bfloat16", sharding=mesh.sharding(device_mesh, dims))
+        for shape, dims in (((128, 256, 1024), "BTD"), ((1024, 2048), "DF"))
+    )
+    with jax.set_mesh(device_mesh):
+        linear = jax.jit(functools.partial(mesh.linear, "BTD,DF->BTF"))
+        program = hlo.read(linear.lower(x_BTD, w_DF).compile().as_text())
+    assert program.collective_bytes == {"all-gather": 2 * 1024 * 2048 * 63 // 64}
 
 
 @pytest.mark.slow

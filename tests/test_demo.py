@@ -85,4 +85,3 @@ def test_nearest_picture_and_tone():
     pictures_BHWC = np.zeros((2, 32, 32, 3), np.uint8)
     pictures_BHWC[1] = 200
     assert evaluate.small(pictures_BHWC).shape == (2, 16 * 16 * 3)
-    assert evaluate.psnr_db(pictures_BHWC, pictures_BHWC + 1)[0] == pytest.approx(48.13, abs=0.01)

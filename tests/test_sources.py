@@ -128,12 +128,16 @@ class FakeTokenizer:
     def __init__(self):
         self.shapes = []
 
-    def encode(self, x_BHWC):
+    def batch(self, height, width):
+        assert height % 8 == width % 8 == 0
+        return 4
+
+    def images(self, x_BHWC):
         self.shapes.append(x_BHWC.shape)
         batch, height, width, _ = x_BHWC.shape
-        assert x_BHWC.dtype == np.float32 and -1 <= x_BHWC.min() <= x_BHWC.max() <= 1
-        blocks = x_BHWC[..., 0].reshape(batch, height // 8, 8, width // 8, 8)
-        return np.round((blocks.mean((2, 4)) + 1) * 127.5 / 4).astype(np.int32)
+        assert x_BHWC.dtype == np.uint8 and batch <= 4
+        blocks = x_BHWC[..., 0].reshape(batch, 1, height // 8, 8, width // 8, 8)
+        return lambda: np.round(blocks.mean((3, 5)) / 4).astype(np.int32)
 
 
 @pytest.fixture
@@ -142,14 +146,15 @@ def vocab():
 
 
 def encode_config(folder, **options):
-    settings = {"min_pixels": 64, "max_pixels": 400, "batch": 4, "parts": 2} | options
+    settings = {"min_pixels": 64, "max_pixels": 400, "parts": 2} | options
     return encode.Encode(images=str(folder), directory=str(folder / "store"), **settings)
 
 
 def test_encoding_fills_a_store(folder, vocab, capsys):
     tokenizer = FakeTokenizer()
-    encode.encode(encode_config(folder, licence="CC0"), tokenizer, "t" * 64, vocab)
-    assert set(tokenizer.shapes) == {(4, 16, 16, 3), (4, 16, 24, 3)}
+    assert encode.encode(encode_config(folder, licence="CC0"), tokenizer, "t" * 64, vocab)
+    counts = {n: [shape[0] for shape in tokenizer.shapes if shape[2] == n] for n in (16, 24)}
+    assert counts == {16: [3, 4, 1], 24: [2, 2]}
     opened = store.Store(str(folder / "store"), vocab.fingerprint, "t" * 64)
     assert opened.keys() == [f"good{i}.png" for i in range(12)]
     for i, document in enumerate(opened.read(range(12))):
@@ -158,12 +163,12 @@ def test_encoding_fills_a_store(folder, vocab, capsys):
     assert (opened.info["skipped"], opened.info["licence"]) == (4, "CC0")
     out, err = capsys.readouterr()
     assert len([line for line in err.splitlines() if line.startswith("skipped: ")]) == 4
-    assert "part-00000-of-00002: 5 images, 3 bad images skipped" in out
+    assert "part-00000-of-00002: 5 documents, 3 bad skipped\n" in out
 
 
 def test_encoding_goes_on_with_the_missing_part(folder, vocab, capsys):
     first, second = (encode_config(folder, worker=w, workers=2) for w in (0, 1))
-    encode.encode(first, FakeTokenizer(), "t", vocab)
+    assert not encode.encode(first, FakeTokenizer(), "t", vocab)
     with pytest.raises(store.StoreError, match="is incomplete"):
         store.Store(str(folder / "store"))
     half_written = store.part_path(folder / "store", 1, 2)
@@ -172,8 +177,8 @@ def test_encoding_goes_on_with_the_missing_part(folder, vocab, capsys):
     tokenizer = FakeTokenizer()
     encode.encode(first, tokenizer, "t", vocab)
     assert not tokenizer.shapes
-    encode.encode(encode_config(folder), tokenizer, "t", vocab)
-    assert sum(shape[0] for shape in tokenizer.shapes) == 8 + 4  # seven images of two sizes
+    assert encode.encode(encode_config(folder), tokenizer, "t", vocab)
+    assert sum(shape[0] for shape in tokenizer.shapes) == 7
     store.Store(str(folder / "store")).verify()
     capsys.readouterr()
     encode.encode(second, tokenizer, "t", vocab)
@@ -188,17 +193,25 @@ def test_encoding_refuses_another_tokenizer_list_or_too_many_bad(folder, vocab):
         encode.encode(encode_config(folder), FakeTokenizer(), "u" * 64, vocab)
     with pytest.raises(store.StoreError, match="with source [0-9a-f]{12}, this run has source"):
         encode.encode(encode_config(folder, max_pixels=300), FakeTokenizer(), "t" * 64, vocab)
+    with pytest.raises(
+        store.StoreError, match="with dtype float32, this run has dtype bfloat16; use that dtype, r"
+    ):
+        encode.encode(encode_config(folder, dtype="bfloat16"), FakeTokenizer(), "t" * 64, vocab)
     strict = encode_config(folder, max_bad=1)
     strict.directory = str(folder / "other")
-    with pytest.raises(ValueError, match="more than max_bad = 1 bad images, the last: .*long.png"):
+    with pytest.raises(ValueError, match="more than max_bad = 1 bad files, the last: .*long.png"):
         encode.encode(strict, FakeTokenizer(), "t" * 64, vocab)
     few = vocabulary.Vocab({bytes([i]): i for i in range(256)}, codes=9)
     with pytest.raises(
-        ValueError, match="png: code 10 does not fit a vocabulary of 9 codes; set co"
+        ValueError, match="good3.png: code 15 does not fit a vocabulary of 9 codes; set co"
     ):
         encode.encode(dataclasses.replace(strict, max_bad=9), FakeTokenizer(), "t" * 64, few)
-    with pytest.raises(ValueError, match="17 parts for 16 images; take 1 to 16"):
+    with pytest.raises(ValueError, match="17 parts for 16 files; take 1 to 16"):
         encode.encode(encode_config(folder, parts=17), FakeTokenizer(), "t" * 64, vocab)
+    for worker, workers in ((2, 2), (1, 0), (-1, 2)):
+        third = encode_config(folder, worker=worker, workers=workers)
+        with pytest.raises(ValueError, match=f"worker {worker} of workers {workers}; they are cou"):
+            encode.encode(third, FakeTokenizer(), "t" * 64, vocab)
 
 
 @pytest.fixture(scope="module")

@@ -104,7 +104,7 @@ def test_missing_and_empty_stores_are_named(tmp_path):
         store.Store(tmp_path)
     info = json.loads((tmp_path / "store.json").read_text())
     (tmp_path / "store.json").write_text(json.dumps(info | {"schema": 99}))
-    with pytest.raises(store.StoreError, match="has schema 99, this code reads 1; encode it again"):
+    with pytest.raises(store.StoreError, match="has schema 99, this code reads 2; remove it and e"):
         store.Store(tmp_path)
 
 

@@ -346,7 +346,7 @@ def test_averaged_codes_are_the_mean_of_their_vectors():
     rng = np.random.default_rng(0)
     z_BhwE = jnp.asarray(rng.standard_normal((2, 4, 4, TINY.code_dim)), jnp.float32)
     codes_Bhw = jnp.asarray(rng.integers(0, 3, (2, 4, 4)))
-    variables, _ = task.remember(task.variables(stats), z_BhwE, codes_Bhw)
+    variables, _ = task.remember(task.variables(stats), z_BhwE, codes_Bhw, z_BhwE)
     params = {"quantize.embedding": jnp.zeros((TINY.codebook_size, TINY.code_dim))}
     after, _ = task.after_update(params, variables, jnp.int32(5), jax.random.key(0))
     for code in range(3):
@@ -362,3 +362,32 @@ def test_averages_need_a_placement():
     )
     with pytest.raises(ValueError, match=message):
         task.init(jax.random.key(0))
+
+
+def test_means_are_a_round_of_k_means(monkeypatch):
+    monkeypatch.setattr(quantize, "VECTOR_TILE", 8)
+    z_NE = images(20, 30, 2)
+    weight_N = np.r_[np.ones(20), np.zeros(10)].astype(np.float32)
+    codebook_KE = np.r_[z_NE[:5], [[9.0, 9.0]]].astype(np.float32)
+    got_KE = quantize.means(z_NE, weight_N, codebook_KE)
+    nearest_N = ((z_NE[:, None] - codebook_KE) ** 2).sum(-1).argmin(1)[:20]
+    for k in range(5):
+        np.testing.assert_allclose(got_KE[k], z_NE[:20][nearest_N == k].mean(0), rtol=1e-5)
+    np.testing.assert_array_equal(got_KE[5], codebook_KE[5])
+
+
+def test_codes_are_placed_again_to_the_end():
+    task = train.TokenizerTask(TINY, buffer_rows=256, codebook_init_step=2, place_every=3)
+    params, variables = task.init(jax.random.key(0))
+    z_RE = jax.random.normal(jax.random.key(1), (256, 4)) + 5
+    variables |= {"buffer_RE": z_RE, "seen": jnp.int32(256)}
+    start_KE, moved = params["quantize.embedding"], []
+    for step in range(9):
+        before_KE = params["quantize.embedding"]
+        params, _ = task.after_update(params, variables, step, jax.random.key(step))
+        moved.append(bool((params["quantize.embedding"] != before_KE).any()))
+    assert [step + 1 for step in range(9) if moved[step]] == [2, 3, 6, 9]
+    codes_KE = params["quantize.embedding"]
+    error = float(jnp.square(z_RE - codes_KE[quantize.nearest_code(z_RE, codes_KE)]).mean())
+    alone = float(jnp.square(z_RE - start_KE[quantize.nearest_code(z_RE, start_KE)]).mean())
+    assert error < 0.1 * alone

@@ -94,15 +94,41 @@ def test_image_equals_transformers(reference, ours):
 @pytest.mark.parametrize("frames", [4, 8])
 def test_video_equals_transformers(reference, ours, frames):
     x_BTHWC = pixels(frames, 1, frames, 48, 32, 3)
+    codes_Bthw, video_BTHWC = there_and_back(reference, x_BTHWC)
+    assert codes_Bthw.shape == (1, frames // 4, 6, 4)
+    np.testing.assert_array_equal(ours.encode_video(x_BTHWC), codes_Bthw)
+    np.testing.assert_allclose(ours.decode_video(codes_Bthw), video_BTHWC, atol=5e-4)
+
+
+def there_and_back(reference, x_BTHWC):
+    """transformers' codes and pixels. By hand: encode() crops a video's codes on wrong axes."""
     with torch.no_grad():
-        # By hand: encode() crops the codes of a video along the wrong axes.
         z = reference.encoder(torch.from_numpy(np.moveaxis(x_BTHWC, -1, 2)))
         z = reference.quant_conv(z.permute(0, 2, 1, 3, 4)).permute(0, 2, 1, 3, 4)
         codes = reference.quantize(z)
-        video = channels_last(reference.decode(codes))
-    assert codes.shape == (1, frames // 4, 6, 4)
-    np.testing.assert_array_equal(ours.encode_video(x_BTHWC), codes.numpy())
-    np.testing.assert_allclose(ours.decode_video(codes.numpy()), video, atol=5e-4)
+        return codes.numpy(), channels_last(reference.decode(codes))
+
+
+def test_a_streamed_video_equals_transformers_whole(reference, ours):
+    x_BTHWC = pixels(12, 1, 12, 48, 32, 3)
+    codes_Bthw, video_BTHWC = there_and_back(reference, x_BTHWC)
+    early_Bthw, past = ours.encode_stream(x_BTHWC[:, :8])
+    late_Bthw, _ = ours.encode_stream(x_BTHWC[:, 8:], past)
+    np.testing.assert_array_equal(np.concatenate([early_Bthw, late_Bthw], 1), codes_Bthw)
+    early_BTHWC, past = ours.decode_stream(codes_Bthw[:, :1])
+    late_BTHWC, _ = ours.decode_stream(codes_Bthw[:, 1:], past)
+    both_BTHWC = np.concatenate([early_BTHWC, late_BTHWC], 1)
+    np.testing.assert_allclose(both_BTHWC, video_BTHWC, atol=5e-4)
+
+
+def test_clips_equal_those_of_transformers(reference, ours):
+    """Emu3's script cuts a video into clips of 4 frames, which make a batch."""
+    x_BTHWC = pixels(5, 1, 8, 48, 32, 3)
+    codes_Nthw, clips_NTHWC = there_and_back(reference, x_BTHWC.reshape(2, 4, 48, 32, 3))
+    codes_Bthw = codes_Nthw.reshape(1, 2, 6, 4)
+    np.testing.assert_array_equal(ours.encode_clips(x_BTHWC), codes_Bthw)
+    video_BTHWC = clips_NTHWC.reshape(x_BTHWC.shape)
+    np.testing.assert_allclose(ours.decode_clips(codes_Bthw), video_BTHWC, atol=5e-4)
 
 
 def test_sizes_between_multiples_floor_as_in_transformers(reference, ours):
@@ -225,7 +251,10 @@ def test_half_precision_files_keep_their_bits(tmp_path):
     assert (tmp_path / "a/model.safetensors").read_bytes() == (
         tmp_path / "b/model.safetensors"
     ).read_bytes()
-    assert tokenizer.decode(tokenizer.encode(pixels(0, 1, 8, 8, 3))).dtype == jnp.float32
+    x_BHWC = tokenizer.decode(tokenizer.encode(pixels(0, 1, 8, 8, 3)))
+    half_BHWC = convert.load(tmp_path / "a", dtype="bfloat16").decode(jnp.zeros((1, 4, 4), int))
+    assert x_BHWC.dtype == half_BHWC.dtype == jnp.float32
+    assert (half_BHWC != tokenizer.decode(jnp.zeros((1, 4, 4), int))).any()
 
 
 def test_errors(tmp_path, reference_path):

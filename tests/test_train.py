@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from emu3_jax import checkpoint, config, mesh, metrics, optim, train
+from emu3_jax import checkpoint, config, hlo, mesh, metrics, optim, params, train
 from tests import toy
 from tokenizer import vq
 from tokenizer.train import TokenizerTask
@@ -258,17 +258,54 @@ def two_steps(device_mesh, model, **fields) -> tuple[dict, dict]:
     return jax.tree.map(np.asarray, (state, values))
 
 
-@pytest.mark.parametrize("sizes", [dict(data=2, fsdp=2, context=2), dict(fsdp=1)])
-def test_a_batch_in_parts_is_the_batch(sizes):
+@pytest.mark.parametrize(
+    "sizes, context",
+    [(dict(data=2, fsdp=2, context=2), "gather"),
+     (dict(data=2, fsdp=1, context=2, tensor=2), "ring"),
+     (dict(fsdp=1), "gather")],
+)  # fmt: skip
+def test_a_batch_in_parts_is_the_batch(sizes, context):
     """Though the parts weigh differently: rows differ in their padding and vision."""
     devices = jax.devices()[: 8 if len(sizes) > 1 else 1]
-    device_mesh, model = mesh.Mesh(**sizes).make(devices), toy.model(dropout=0.0)
+    device_mesh = mesh.Mesh(**sizes).make(devices)
+    model = toy.model(dropout=0.0, context=context)
     whole, parts = (two_steps(device_mesh, model, accumulate=count) for count in (1, 2))
     for key in ("loss", "gradient_norm", "tokens"):
         np.testing.assert_allclose(parts[1][key], whole[1][key], rtol=1e-5, err_msg=key)
     for got, want in zip(*(jax.tree.leaves(state["params"]) for state, _ in (parts, whole)),
                          strict=True):  # fmt: skip
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+def test_gradients_cross_data_once_however_many_parts():
+    """From the compiled step: each part's are summed into the pieces that fsdp cuts weights into,
+    and these pieces over data at the end."""
+    device_mesh, received = mesh.Mesh(data=4, fsdp=2).make(), {}
+    for count in (2, 4):
+        run = train.Train(toy.model(dropout=0.0), toy.Counting(), batch=32, accumulate=count)
+        with jax.set_mesh(device_mesh):
+            compiled = run.step_fn().lower(*run.arguments(device_mesh)).compile()
+        received[count] = hlo.read(compiled.as_text()).collective_bytes
+    assert received[4]["reduce-scatter"] == 2 * received[2]["reduce-scatter"] > 0
+    piece = 4 * params.count(run.task.params()) / 2
+    once = 2 * piece * 3 / 4  # what a ring of 4 receives to sum it
+    for count in (2, 4):  # and norms, counts and losses
+        assert once <= received[count]["all-reduce"] < 1.1 * once
+    assert received[4]["all-gather"] < 2 * received[2]["all-gather"]  # weights, of each part
+
+
+def test_parts_of_like_rows_drop_differently_along_data():
+    row = toy.pack([list(range(3, 9)), list(range(20, 29))], 16)
+    losses = []
+    for count in (1, 2):
+        run = train.Train(toy.model(dropout=0.5), None, accumulate=2)
+        with jax.set_mesh(mesh.Mesh(data=count, fsdp=1).make(jax.devices()[:count])):
+            batch = {name: mesh.place(x, "BT") for name, x in toy.stack([row] * 2 * count).items()}
+            state, key = run.make()(0), jax.random.key(1)
+            _, _, values = jax.jit(lambda state, batch, key, task=run.task: train.gradients(
+                task, state, batch, key, 2))(state, batch, key)
+        losses.append(float(values["loss"]))
+    assert abs(losses[0] - losses[1]) > 1e-3
 
 
 def test_a_tokenizers_batch_in_parts():

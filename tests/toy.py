@@ -1,6 +1,6 @@
 """A tiny decoder, rows without a store and a job without work: what the tests of the core use.
 
-T position in a row  B rows
+T position in a row, or frame of a clip  B rows  H height  W width  C colours
 """
 
 import dataclasses
@@ -75,6 +75,23 @@ class _CountingRows:
         if index == self.config.poison:
             row["weights"][row["weights"] > 0] = np.inf
         return row
+
+
+@dataclasses.dataclass
+class Pictures:
+    """Data: rows of an image and a clip of noise."""
+
+    size: int = 8
+    frames: int = 4
+
+    def rows(self) -> grain.MapDataset:
+        """Rows without end, each a function of its index."""
+        return grain.MapDataset.range(sys.maxsize).map(self._row)
+
+    def _row(self, index: int) -> dict[str, np.ndarray]:
+        shape_THWC = (1 + self.frames, self.size, self.size, 3)
+        x_THWC = np.random.default_rng(int(index)).integers(0, 256, shape_THWC, np.uint8)
+        return {"image": x_THWC[0], "clip": x_THWC[1:]}
 
 
 @dataclasses.dataclass

@@ -16,9 +16,14 @@ from tokenizer.config import VQConfig
 
 
 class Encoder(nnx.Module):
-    """Frames to 4-channel latents in 2-D, then fewer frames."""
+    """Frames to 4-channel latents in 2-D, then fewer frames.
 
-    def __init__(self, config: VQConfig, normal: blocks.Normal):
+    The 2-D layers compute in `dtype` up to the last block. What follows, little work but close to
+    the codes, is in float32.
+    """
+
+    def __init__(self, config: VQConfig, normal: blocks.Normal, dtype: str):
+        self.dtype = dtype
         norm = functools.partial(blocks.GroupNorm, groups=config.norm_groups)
         widths = config.widths
         self.conv_in = blocks.Conv(3, config.width, normal)
@@ -43,24 +48,28 @@ class Encoder(nnx.Module):
         self.time_conv, self.time_res_stack = time_layers(config, frames=4, stride=2, normal=normal)
 
     def frames(self, x_BHWC: jax.Array) -> jax.Array:
-        x_BHWC = self.conv_in(x_BHWC)
+        x_BHWC = self.conv_in(x_BHWC.astype(self.dtype))
         for level in self.down:
             x_BHWC = level(x_BHWC)
-        x_BHWC = self.norm_out(self.mid(x_BHWC))
+        x_BHWC = self.norm_out(self.mid(x_BHWC).astype(jnp.float32))
         return self.conv_out(jax.nn.silu(x_BHWC))
 
-    def time(self, z_BTHWC: jax.Array, train: bool) -> jax.Array:
+    def time(self, z_BTHWC: jax.Array, train: bool, past: blocks.Past | None = None) -> jax.Array:
         for layer in self.time_conv:
-            z_BTHWC = jax.nn.silu(layer(z_BTHWC))
+            z_BTHWC = jax.nn.silu(layer(z_BTHWC, past))
         for block in self.time_res_stack:
-            z_BTHWC = block(z_BTHWC, train)
+            z_BTHWC = block(z_BTHWC, train, past)
         return z_BTHWC
 
 
 class Decoder(nnx.Module):
-    """More frames of 4-channel latents, then pixels in 2-D, with norms steered by the codes."""
+    """More frames of 4-channel latents, then pixels in 2-D, with norms steered by the codes.
 
-    def __init__(self, config: VQConfig, normal: blocks.Normal):
+    `dtype` is as in the encoder.
+    """
+
+    def __init__(self, config: VQConfig, normal: blocks.Normal, dtype: str):
+        self.dtype = dtype
         norm = functools.partial(
             blocks.SpatialNorm, groups=config.norm_groups, code_dim=config.code_dim, normal=normal
         )
@@ -87,25 +96,32 @@ class Decoder(nnx.Module):
         self.conv_out = blocks.Conv(widths[0], 3, normal)
 
     def time(
-        self, z_BTHWC: jax.Array, q_BTHWC: jax.Array, train: bool, first_frame: bool = False
+        self,
+        z_BTHWC: jax.Array,
+        q_BTHWC: jax.Array,
+        train: bool,
+        first_frame: bool = False,
+        past: blocks.Past | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Both through the same layers as one batch; with `first_frame` only that one is made."""
         both_BTHWC = jnp.concatenate([z_BTHWC, q_BTHWC])
         for block in self.time_res_stack:
-            both_BTHWC = block(both_BTHWC, train)
+            both_BTHWC = block(both_BTHWC, train, past)
         if first_frame:
             both_BTHWC = both_BTHWC[:, :1]
         for layer in self.time_conv:
             if not first_frame:
                 both_BTHWC = jnp.repeat(both_BTHWC, 2, axis=1)
-            both_BTHWC = jax.nn.silu(layer(both_BTHWC))
+            both_BTHWC = jax.nn.silu(layer(both_BTHWC, past))
         return tuple(jnp.split(both_BTHWC, 2))
 
     def frames(self, z_BhwC: jax.Array, zq_BhwE: jax.Array) -> jax.Array:
-        x_BHWC = self.mid(self.conv_in(z_BhwC), zq_BhwE)
+        steer_BhwE = zq_BhwE.astype(self.dtype)
+        x_BHWC = self.mid(self.conv_in(z_BhwC.astype(self.dtype)), steer_BhwE)
         for level in reversed(self.up):
-            x_BHWC = level(x_BHWC, zq_BhwE)
-        return self.conv_out(jax.nn.silu(self.norm_out(x_BHWC, zq_BhwE)))
+            x_BHWC = level(x_BHWC, steer_BhwE)
+        x_BHWC = self.norm_out(x_BHWC.astype(jnp.float32), zq_BhwE)
+        return self.conv_out(jax.nn.silu(x_BHWC))
 
 
 class Level(nnx.Module):

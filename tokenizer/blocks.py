@@ -1,15 +1,16 @@
 """The layers of Emu3's vision tokenizer: 2-D residual blocks and the thin causal stack over time.
 
-Everything is channels-last and computes in float32 at least in its norms. Modules that a flag does
-not concern never see it: only batch norm, and what holds it, takes `train`.
+Everything is channels-last and computes in its input's dtype, the statistics of norms and softmax
+in float32. Modules that a flag does not concern never see it: only batch norm, and what holds it,
+takes `train`.
 
 Legend: B batch (frames count as batch in 2-D layers), T frames, H height, W width, C channels,
-h w the latent grid, E code dim, G norm groups, S positions (height times width), I O channels in
-and out of a kernel.
+h w the latent grid, E code dim, G norm groups, S positions (height times width), Q positions of
+one block of L, I O channels in and out of a kernel.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ GROUP_NORM_EPS = 1e-6
 BATCH_NORM_EPS = 1e-5
 BATCH_NORM_MOMENTUM = 0.1  # torch's meaning: the share of the new statistics
 ATTENTION_BLOCK = 1024  # queries at a time: bounds the score matrix at 1024 x S
+FRONT = 2  # frames that a causal convolution sees before the first, whatever its kernel's length
 
 
 class ResBlock(nnx.Module):
@@ -60,17 +62,24 @@ class AttentionBlock(nnx.Module):
 
 
 def attend(q_BSC: jax.Array, k_BSC: jax.Array, v_BSC: jax.Array) -> jax.Array:
-    """Softmax attention, `ATTENTION_BLOCK` queries at a time (the same rows, less memory)."""
+    """Softmax attention, at most `ATTENTION_BLOCK` queries at a time, in the gradient too."""
+    batch, positions, channels = q_BSC.shape
+    count = -(-positions // ATTENTION_BLOCK)
+    if count == 1:
+        return attend_block(q_BSC, k_BSC, v_BSC)
+    size = -(-positions // count)  # equal blocks: fewer than `count` rows are padding
+    q_BSC = jnp.pad(q_BSC, ((0, 0), (0, count * size - positions), (0, 0)))
+    q_LBQC = q_BSC.reshape(batch, count, size, channels).swapaxes(0, 1)
+    # Without the checkpoint the gradient would keep every block's scores: S x S after all.
+    block = jax.checkpoint(attend_block, prevent_cse=False)
+    y_LBQC = jax.lax.map(lambda q_BQC: block(q_BQC, k_BSC, v_BSC), q_LBQC)
+    return y_LBQC.swapaxes(0, 1).reshape(batch, count * size, channels)[:, :positions]
 
-    def rows(q_BC_one: jax.Array) -> jax.Array:
-        score_BS = jnp.einsum("BC,BSC->BS", q_BC_one, k_BSC) / math.sqrt(q_BSC.shape[-1])
-        return jnp.einsum("BS,BSC->BC", jax.nn.softmax(score_BS, axis=-1), v_BSC)
 
-    if q_BSC.shape[1] <= ATTENTION_BLOCK:
-        score_BSS = jnp.einsum("BQC,BSC->BQS", q_BSC, k_BSC) / math.sqrt(q_BSC.shape[-1])
-        return jnp.einsum("BQS,BSC->BQC", jax.nn.softmax(score_BSS, axis=-1), v_BSC)
-    y_SBC = jax.lax.map(jax.checkpoint(rows), q_BSC.swapaxes(0, 1), batch_size=ATTENTION_BLOCK)
-    return y_SBC.swapaxes(0, 1)
+def attend_block(q_BQC: jax.Array, k_BSC: jax.Array, v_BSC: jax.Array) -> jax.Array:
+    score_BQS = jnp.einsum("BQC,BSC->BQS", q_BQC, k_BSC, preferred_element_type=jnp.float32)
+    weight_BQS = jax.nn.softmax(score_BQS / math.sqrt(q_BQC.shape[-1]), axis=-1)
+    return jnp.einsum("BQS,BSC->BQC", weight_BQS.astype(v_BSC.dtype), v_BSC)
 
 
 class Downsample(nnx.Module):
@@ -104,7 +113,8 @@ class Upsample(nnx.Module):
             ]
             rows.append(jnp.stack(row, axis=3))
         y_BHyWxC = jnp.stack(rows, axis=2)
-        return y_BHyWxC.reshape(batch, 2 * height, 2 * width, channels) + self.conv.bias[...]
+        y_BHWC = y_BHyWxC.reshape(batch, 2 * height, 2 * width, channels)
+        return y_BHWC + self.conv.bias[...].astype(x_BHWC.dtype)
 
 
 def halves(kernel_3: jax.Array):
@@ -161,9 +171,29 @@ def nearest(x_BhwC: jax.Array, shape_BHWC: tuple[int, ...]) -> jax.Array:
     return x_BhywxC.reshape(batch, h * scale_y, w * scale_x, channels)
 
 
-class CausalConv(nnx.Module):
-    """3-D convolution that sees two zero frames in front and none behind, whatever its length.
+class Past:
+    """The last two frames that each causal convolution saw: what a clip's next part needs.
 
+    Convolutions run in a fixed order, so a list in that order holds them. Each takes its own from
+    `tails` and leaves new ones in `new_tails`. At the start of a clip they are zeros.
+    """
+
+    def __init__(self, tails: Sequence[jax.Array]):
+        self.tails = tails
+        self.new_tails = []
+
+    def extend(self, x_BTHWC: jax.Array) -> jax.Array:
+        """`x` with the two frames before it."""
+        x_BTHWC = jnp.concatenate([self.tails[len(self.new_tails)], x_BTHWC], axis=1)
+        self.new_tails.append(x_BTHWC[:, -FRONT:])
+        return x_BTHWC
+
+
+class CausalConv(nnx.Module):
+    """3-D convolution that sees the two frames in front and none behind, whatever its length.
+
+    A clip goes on where `past` left off; without one it starts, with two frames of zeros in front.
+    With a stride of 2 that holds for an even number of frames, of which the next starts a pair.
     The taps over time are laid side by side as channels and one 2-D convolution does the rest:
     the same sum, and on 4 channels much faster than a 3-D convolution.
     """
@@ -184,9 +214,12 @@ class CausalConv(nnx.Module):
         )
         self.bias = nnx.Param(jnp.zeros(channels))
 
-    def __call__(self, x_BTHWC: jax.Array) -> jax.Array:
+    def __call__(self, x_BTHWC: jax.Array, past: Past | None = None) -> jax.Array:
         taps, height, width, channels, out = self.kernel.shape
-        x_BTHWC = jnp.pad(x_BTHWC, ((0, 0), (2, 0), (0, 0), (0, 0), (0, 0)))
+        if past is None:
+            x_BTHWC = jnp.pad(x_BTHWC, ((0, 0), (FRONT, 0), (0, 0), (0, 0), (0, 0)))
+        else:
+            x_BTHWC = past.extend(x_BTHWC)
         batch, padded = x_BTHWC.shape[:2]
         frames = (padded - taps) // self.stride + 1
         last = (frames - 1) * self.stride + 1
@@ -197,7 +230,8 @@ class CausalConv(nnx.Module):
         kernel_HWIO = kernel_HWIO.reshape(height, width, taps * channels, out)
         x_BHWC = x_BTHWC.reshape(batch * frames, *x_BTHWC.shape[2:])
         y_BHWC = convolve(x_BHWC, kernel_HWIO, 1, "SAME")
-        return y_BHWC.reshape(batch, frames, *y_BHWC.shape[1:]) + self.bias[...]
+        y_BTHWC = y_BHWC.reshape(batch, frames, *y_BHWC.shape[1:])
+        return y_BTHWC + self.bias[...].astype(y_BTHWC.dtype)
 
 
 class TemporalResBlock(nnx.Module):
@@ -209,9 +243,9 @@ class TemporalResBlock(nnx.Module):
         self.norm2 = BatchNorm(channels)
         self.conv2 = CausalConv(channels, 3, 3, normal)
 
-    def __call__(self, x_BTHWC: jax.Array, train: bool) -> jax.Array:
-        y_BTHWC = self.conv1(jax.nn.silu(self.norm1(x_BTHWC, train)))
-        y_BTHWC = self.conv2(jax.nn.silu(self.norm2(y_BTHWC, train)))
+    def __call__(self, x_BTHWC: jax.Array, train: bool, past: Past | None = None) -> jax.Array:
+        y_BTHWC = self.conv1(jax.nn.silu(self.norm1(x_BTHWC, train)), past)
+        y_BTHWC = self.conv2(jax.nn.silu(self.norm2(y_BTHWC, train)), past)
         return x_BTHWC + y_BTHWC
 
 
@@ -260,7 +294,7 @@ class Conv(nnx.Module):
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         y_BHWC = convolve(x_BHWC, self.kernel[...], self.stride, (self.padding, self.padding))
-        return y_BHWC + self.bias[...]
+        return y_BHWC + self.bias[...].astype(y_BHWC.dtype)
 
 
 class Pointwise(nnx.Module):
@@ -271,7 +305,7 @@ class Pointwise(nnx.Module):
         self.bias = nnx.Param(jnp.full(channels, bias))
 
     def __call__(self, x_C: jax.Array) -> jax.Array:
-        return x_C @ self.kernel[...].astype(x_C.dtype) + self.bias[...]
+        return x_C @ self.kernel[...].astype(x_C.dtype) + self.bias[...].astype(x_C.dtype)
 
 
 def convolve(x_BHWC: jax.Array, kernel_HWIO: jax.Array, stride: int, padding) -> jax.Array:

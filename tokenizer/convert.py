@@ -21,7 +21,7 @@ import safetensors
 import safetensors.numpy
 
 from emu3_jax import checkpoint
-from tokenizer import train, vq
+from tokenizer import vq
 
 LAYOUTS = ("official", "hf")
 
@@ -87,15 +87,17 @@ OFFICIAL_TO_HF = (
 LINEAR = re.compile(r"\.[qkv]_proj\.|\.out_proj\.")
 
 
-def load(path: str | pathlib.Path) -> vq.VQ:
-    """The tokenizer in a directory of either layout or of a training run, in its own dtypes.
+def load(path: str | pathlib.Path, dtype: str = "float32") -> vq.VQ:
+    """The tokenizer in a directory of either layout or of a training run.
+
+    The arrays keep their own dtypes; `dtype` is what it computes in, see `vq.merge`.
 
     Raises:
         ValueError: not a tokenizer checkpoint, or its files do not fit its config.json.
     """
     path = pathlib.Path(path)
     if (path / "checkpoints").is_dir():
-        return load_run(path)
+        return load_run(path, dtype)
     layout, settings, prefix = read_config(path)
     config = parse_config(path, settings, layout)
     params, stats = vq.shapes(config)
@@ -119,15 +121,18 @@ def load(path: str | pathlib.Path) -> vq.VQ:
                 f"{path}: {prefix}{theirs} has shape {value.shape}, which does not fit its "
                 f"config.json; check that both come from the same model"
             )
-    return vq.merge(config, {n: arrays[n] for n in params}, {n: arrays[n] for n in stats})
+    return vq.merge(config, {n: arrays[n] for n in params}, {n: arrays[n] for n in stats}, dtype)
 
 
-def load_run(path: pathlib.Path) -> vq.VQ:
+def load_run(path: pathlib.Path, dtype: str = "float32") -> vq.VQ:
     """The tokenizer of a run's newest checkpoint; ValueError if the run trained something else."""
     task, params, variables, _ = checkpoint.restore_model(str(path))
-    if not isinstance(task, train.TokenizerTask):
+    config = getattr(task, "config", None)
+    if not isinstance(config, vq.VQConfig):
         raise ValueError(f"{path} is a run of {type(task).__name__}, not of a vision tokenizer")
-    return vq.merge(task.config, params, variables["stats"])
+    own, stats = vq.shapes(config)  # a discriminator's weights are not the tokenizer's
+    params = {n: params[n] for n in own}
+    return vq.merge(config, params, {n: variables["stats"][n] for n in stats}, dtype)
 
 
 def save(tokenizer: vq.VQ, path: str | pathlib.Path, layout: str = "official"):

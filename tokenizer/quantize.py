@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 CODE_TILE = 4096  # codes compared at a time: bounds the distances in memory at N x 4096
+VECTOR_TILE = 4096  # and vectors, where there are many
 
 
 def nearest_code(z_E: jax.Array, codebook_KE: jax.Array) -> jax.Array:
@@ -46,6 +47,16 @@ def distance_to_others(codebook_KE: jax.Array) -> jax.Array:
 
     indices_K = jnp.arange(len(codebook_KE))
     return jax.lax.map(lambda x: one(*x), (codebook_KE, indices_K), batch_size=256)
+
+
+def means(z_NE: jax.Array, weight_N: jax.Array, codebook_KE: jax.Array) -> jax.Array:
+    """Each code moved to the weighted mean of the vectors nearest to it; those of none stay."""
+    codes_N = jax.lax.map(
+        lambda z_E: nearest_code(z_E, codebook_KE), z_NE, batch_size=VECTOR_TILE
+    )
+    sums_KE = jnp.zeros_like(codebook_KE).at[codes_N].add(z_NE * weight_N[:, None])
+    total_K1 = jnp.zeros(len(codebook_KE)).at[codes_N].add(weight_N)[:, None]
+    return jnp.where(total_K1 > 0, sums_KE / jnp.maximum(total_K1, 1e-9), codebook_KE)
 
 
 def tile_nearest(z_NE: jax.Array, codes_kE: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,0 +1,80 @@
+"""A TensorFlow Datasets data set of images as a source of records, without TensorFlow.
+
+It must be prepared in array_record files: those give any record by its number.
+"""
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from data_pipelines import image_folder
+
+
+class TfdsImages:
+    """A random-access source: `images[i]` is an image_folder.Record (uint8 RGB on white), whose key
+    is SPLIT/i, or raises BadImage."""
+
+    def __init__(self, directory: str, split: str, image: str = "image", caption: str = ""):
+        """Args: directory: of one version of a data set, with dataset_info.json; split: a name, or
+        a part as "train[:100]"; image, caption: features, the latter a text or a class, whose name
+        is then the caption; without one there are no captions.
+
+        Raises ValueError for a directory, split or feature that is not there or cannot be used.
+        """
+        try:
+            builder = tfds.builder_from_directory(directory)
+        except (OSError, tfds.core.dataset_info.DatasetInfoFileError) as error:
+            raise ValueError(
+                f"{directory} is no TFDS data set; give the directory that holds dataset_info.json"
+            ) from error
+        self._directory, self._split, self._image = directory, split, image
+        self._features = builder.info.features
+        self._check(image, "Image", tfds.features.Image)
+        self._caption = self._reader(caption)
+        self._source = self._open(builder)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> image_folder.Record:
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        example, key = self._source[index], f"{self._split}/{index}"
+        image_HWC = image_folder.decode_image(
+            f"{self._directory}: {key}", io.BytesIO(example[self._image])
+        )
+        return image_folder.Record(key, image_HWC, self._caption(example))
+
+    def _open(self, builder: Any) -> Any:
+        format = builder.info.file_format.value
+        if format != "array_record":
+            raise ValueError(
+                f"{self._directory} is in {format} files; prepare it with file_format=array_record"
+            )
+        # Images stay files, which image_folder reads as it reads all others.
+        decoders = {self._image: tfds.decode.SkipDecoding()}
+        try:
+            return builder.as_data_source(self._split, decoders=decoders)
+        except ValueError as error:
+            raise ValueError(f"{self._directory}: {str(error).splitlines()[0]}") from error
+
+    def _reader(self, caption: str) -> Callable[[dict], str]:
+        if not caption:
+            return lambda example: ""
+        self._check(caption, "Text or ClassLabel", tfds.features.Text, tfds.features.ClassLabel)
+        feature = self._features[caption]
+        if isinstance(feature, tfds.features.ClassLabel):
+            return lambda example: feature.int2str(int(example[caption]))
+        return lambda example: example[caption].decode("utf-8", "replace")
+
+    def _check(self, name: str, wanted: str, *kinds: type) -> None:
+        if name not in self._features:
+            raise ValueError(
+                f"{self._directory} has no feature {name!r}; "
+                f"it has {', '.join(sorted(self._features))}"
+            )
+        if not isinstance(self._features[name], kinds):
+            kind = type(self._features[name]).__name__
+            raise ValueError(f"{self._directory}: {name!r} is of kind {kind}; take one of {wanted}")
