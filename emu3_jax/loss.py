@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from emu3_jax.mesh import einsum, place, shards, spec, weight_grad
+from emu3_jax.mesh import einsum, nearly_whole, place, shards, spec, weight_grad
 
 HIDDEN = jnp.finfo(jnp.float32).min
 
@@ -85,7 +85,8 @@ def _tile(vocab, tiles_IDVM, x_BTD, targets_BT, tile_DVM, index):
     layout = dict(out_sharding=jax.P(*spec("V"), None))
     id_VM = jax.lax.broadcasted_iota(jnp.int32, (pieces, M), 0, **layout) * (tiles * M)
     id_VM += jax.lax.broadcasted_iota(jnp.int32, (pieces, M), 1, **layout) + index * M
-    head_DVM = jax.sharding.reshard(tile_DVM.astype(x_BTD.dtype), spec(".V."))
+    head_DVM = nearly_whole(tile_DVM.astype(x_BTD.dtype), "DV.")
+    head_DVM = jax.sharding.reshard(head_DVM, spec(".V."))
     logits_BTVM = einsum("BTD,DVM->BTVM", x_BTD, head_DVM, preferred_element_type=jnp.float32)
     logits_BTVM = jnp.where(id_VM < vocab, logits_BTVM, HIDDEN)
     return logits_BTVM, targets_BT[..., None, None] == id_VM, head_DVM
