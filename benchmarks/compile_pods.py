@@ -49,6 +49,7 @@ COLUMNS = {  # heading -> how a report's figure is found
     "executed/model": lambda x: x["executed_over_model_matmul"],
     "all-reduce GiB": lambda x: x["collective_gib_per_step"].get("all-reduce", 0),
     "reduce-scatter GiB": lambda x: x["collective_gib_per_step"].get("reduce-scatter", 0),
+    "between slices GiB": lambda x: x["collective_gib_per_step"].get("between-slices", 0),
     "largest all-reduce MiB": lambda x: x["largest_all_reduce_mib"],
     "seconds": lambda x: x["compile_seconds"],
 }

@@ -41,7 +41,8 @@ class Program:
         by the innermost name scope or `pallas_call(name=...)`, else by the instruction's name.
     collective_bytes: bytes received over the network, by kind. Of an array of b bytes on n
         devices these are b (n-1)/n for all-gather and reduce-scatter (b of the whole array) and
-        all-to-all, twice that for all-reduce, as of a ring; b for collective-permute.
+        all-to-all, twice that for all-reduce, as of a ring; b for collective-permute. What TPU
+        slices send one another, whatever for, is "between-slices": b.
     all_reduces: executions, bytes and op_name of every array that is all-reduced.
     unknown_loops: while instructions that count as one turn, because the number is not known.
     """
@@ -146,6 +147,8 @@ class _Counting:
         elif opcode == "custom-call" and _KERNELS.search(x.attributes):
             scopes = [re.sub(r".*\(|\)", "", part) for part in x.op_name().split("/")[1:]]
             total.kernels[[x.name, *(s for s in scopes if s not in _PLUMBING)][-1]] += 1
+        elif opcode == "recv-done" and "megascale" in x.attributes:
+            total.collective_bytes["between-slices"] += _bytes(x.shape)
         elif opcode in _RECEIVED and not _continues(x, home):
             n, sizes = self.group(x), [_bytes(home[y].shape) for y in x.operands]
             if opcode == "all-reduce" and fused and _sliced(x, home):

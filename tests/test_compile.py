@@ -192,16 +192,27 @@ def test_slices_lie_along_data(libtpu):
         mesh.Mesh(data=1).make(devices)
 
 
-def test_weights_are_gathered_within_a_slice_and_not_summed(libtpu):
+def test_only_a_gradients_pieces_cross_slices(libtpu):
+    """Weights are gathered within a slice, not summed; gradients reduce-scattered there."""
     device_mesh = mesh.Mesh(data=2).make(compile_lib.described("2*v5p:4x4x4"))
     x_BTD, w_DF = (
         jax.ShapeDtypeStruct(shape, "bfloat16", sharding=mesh.sharding(device_mesh, dims))
         for shape, dims in (((128, 256, 1024), "BTD"), ((1024, 2048), "DF"))
     )
+    y_BTF = jax.ShapeDtypeStruct((128, 256, 2048), "bfloat16", sharding=x_BTD.sharding)
+    received = []
     with jax.set_mesh(device_mesh):
-        linear = jax.jit(functools.partial(mesh.linear, "BTD,DF->BTF"))
-        program = hlo.read(linear.lower(x_BTD, w_DF).compile().as_text())
-    assert program.collective_bytes == {"all-gather": 2 * 1024 * 2048 * 63 // 64}
+        for function, equation, *arrays in (
+            (mesh.linear, "BTD,DF->BTF", x_BTD, w_DF),
+            (mesh.weight_grad, "BTD,BTF->DF", x_BTD, y_BTF),
+        ):
+            compiled = jax.jit(functools.partial(function, equation)).lower(*arrays).compile()
+            received.append(hlo.read(compiled.as_text()).collective_bytes)
+    size = 1024 * 2048
+    assert received == [
+        {"all-gather": 2 * size * 63 // 64},
+        {"reduce-scatter": 4 * size * 63 // 64, "between-slices": 4 * size // 64},
+    ]
 
 
 @pytest.mark.slow

@@ -96,12 +96,11 @@ def test_it_learns_to_tell_real_from_fake(norm):
         updates, moments = optimizer.update(grads, moments)
         return optax.apply_updates(params, updates), moments, loss
 
-    first = None
-    for step in range(100):
-        params, moments, loss = update(params, moments, *toy(step))
-        first = loss if first is None else first
-    assert 0.8 < first < 1.2 and loss < 0.3
-    assert losses.hinge(*logits(params, *toy(999))) < 0.5  # of what it has not seen; by chance 1
+    assert 0.8 < losses.hinge(*logits(params, *toy(0))) < 1.2  # by chance 1
+    for step in range(200):
+        params, moments, _ = update(params, moments, *toy(step))
+    unseen = [losses.hinge(*logits(params, *toy(seed))) for seed in range(900, 908)]
+    assert np.mean(unseen) < 0.4
 
 
 def test_what_cannot_be():

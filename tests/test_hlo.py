@@ -301,6 +301,19 @@ def test_an_all_reduce_that_is_cut_in_its_own_fusion_is_a_reduce_scatter():
     assert list(read(text, uncut).collective_bytes) == ["all-reduce"]
 
 
+def test_what_comes_from_another_slice():
+    """As in a sum over two slices by the TPU compiler: it passes through the host."""
+    x = "f32[896,8,128]{2,1,0:T(8,128)}"
+    host = 'is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_%s"}'
+    program = read(f"""  %s = ({x}, u32[], token[]) send(%x, %a), channel_id=2
+  %r = ({x}, u32[], token[]) recv(%a), channel_id=1
+  %s.1 = token[] send-done(%s), channel_id=2, {host % "megascale_runtime"}
+  %r.1 = ({x}, token[]) recv-done(%r), {host % "megascale_runtime"}
+  %r.2 = ({x}, token[]) recv-done(%r), {host % "python_callback"}
+""")
+    assert program.collective_bytes == {"between-slices": 4 * 896 * 8 * 128}
+
+
 def test_whole_all_reduces_tell_how_often_how_large_and_what():
     work = """  %y = f32[4,8]{1,0} fusion(%x, %w), calls=%matmul, metadata={op_name="jit(f)/made"}
   %c = f32[4,8]{1,0} copy(%y)
