@@ -8,7 +8,7 @@ with --config.workers=N and each its own --config.worker. Memory grows with --co
 Time: an image of 512x512 pixels is 3.7 TFLOP with Emu3's tokenizer, a frame of video as much.
 Expected result: --config.directory holds the store, however often it was interrupted and begun
 again. Images come in 27 sizes, so that 27 programs are compiled; with --config.aspects=0 they keep
-their own shapes, as Emu3 has them. --config.dtype=bfloat16 computes in 16 bits, which changes some codes.
+their own shapes, as Emu3 has them. --config.dtype=bfloat16 takes 16 bits, and changes some codes.
 """
 
 from data_pipelines.encode import Encode
