@@ -1,12 +1,14 @@
 # make demo, make test: each makes .venv from the lock files first; nothing else is needed but
-# Python 3.11 to 3.13 and PyPI. TORCH is what the tests' references need (PyTorch has CPU builds
-# apart: elsewhere, add e.g. --index-url https://download.pytorch.org/whl/cpu).
+# Python 3.11 to 3.13 and PyPI. make ingest makes .venv-ingest, whose TensorFlow reads seqio's tasks
+# and rewrites TFDS data sets; the tests run both. TORCH is what the tests' references need (PyTorch
+# has CPU builds apart: elsewhere, add e.g. --index-url https://download.pytorch.org/whl/cpu).
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
+INGEST := .venv-ingest/bin
 RUN := JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python
 
-.PHONY: demo demo-long test test-all check lock
+.PHONY: demo demo-long test test-all check ingest lock
 
 demo: $(BIN)/.run
 	$(RUN) -m emu3_jax.launch --config=configs/demo.py
@@ -14,14 +16,16 @@ demo: $(BIN)/.run
 demo-long: $(BIN)/.run
 	$(RUN) -m emu3_jax.launch --config=configs/demo_long.py
 
-test: $(BIN)/.test check
+test: $(BIN)/.test $(INGEST)/.run check
 	$(RUN) -m pytest -m "not slow"
 
-test-all: $(BIN)/.test check
+test-all: $(BIN)/.test $(INGEST)/.run check
 	$(RUN) -m pytest
 
 check: $(BIN)/.test
 	$(BIN)/ruff check .
+
+ingest: $(INGEST)/.run
 
 $(BIN)/uv:
 	$(PYTHON) -m venv .venv
@@ -36,9 +40,18 @@ $(BIN)/.test: requirements-test.lock requirements.lock | $(BIN)/uv
 	$(BIN)/pip install --quiet $(TORCH)
 	touch $@
 
+# Without dependencies: the lock lists all, but for the second TensorFlow that one of them asks for.
+$(INGEST)/.run: requirements-ingest.lock | $(BIN)/uv
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv-ingest
+	$(BIN)/uv pip install --quiet --no-deps --python $(INGEST)/python -r requirements-ingest.lock
+	touch $@
+
 # Pins for Python 3.11 to 3.13 on every platform at once.
 lock: | $(BIN)/uv
 	$(BIN)/uv pip compile --universal --python-version 3.11 --no-header --quiet \
 		requirements.txt -o requirements.lock
 	$(BIN)/uv pip compile --universal --python-version 3.11 --no-header --quiet \
 		-c requirements.lock requirements-test.txt -o requirements-test.lock
+	$(BIN)/uv pip compile --universal --python-version 3.11 --no-header --quiet \
+		-c requirements.lock --no-emit-package tensorflow \
+		requirements-ingest.txt -o requirements-ingest.lock

@@ -13,6 +13,7 @@ from data_pipelines.encode import Encode
 from data_pipelines.image_folder import ImageRows
 from data_pipelines.mixture import Component, Mixture
 from data_pipelines.openmoji import OpenMoji
+from data_pipelines.sources import Images
 from data_pipelines.vocabulary import TrainVocab
 from demo.draw import Draw
 from demo.evaluate import Evaluate
@@ -72,7 +73,7 @@ def build(
             optimizer=AdamW(rate=2e-3, warmup=30, b1=0.5, b2=0.99, weight_decay=0.0, clip=1.0),
         ),
         store=Encode(
-            images=images, list="train.jsonl", tokenizer=f"{run_dir}/tokenizer", vocab=vocab,
+            source=Images(images, "train.jsonl"), tokenizer=f"{run_dir}/tokenizer", vocab=vocab,
             codes=CODES, directory=store, min_pixels=32 * 32, max_pixels=32 * 32,
             factor=tokenizer.spatial_factor, licence="CC BY-SA 4.0 (OpenMoji)",
         ),  # fmt: skip
@@ -114,5 +115,5 @@ def stage_of(demo: Demo, stage: str):
 
 def get_config(stage: str = ""):
     """The fifteen-minute demo: 200 people in their skin tones."""
-    job = build("runs/demo", ("people",), 200, tokenizer_steps=2400, decoder_steps=900)
+    job = build("runs/demo", ("people",), 200, tokenizer_steps=2400, decoder_steps=1000)
     return stage_of(job, stage)

@@ -1,39 +1,53 @@
-"""One-dimensional arrays on disk: zarr3 with the sharding codec, through TensorStore.
+"""Columns on disk: zarr3 with the sharding codec, through TensorStore.
 
 A shard is written whole in one call: row by row it would be rewritten for each row. Inner chunks
 carry a crc32c, so damage is found on reading; they are not compressed, as nothing general makes
-codes smaller. E elements, N ranges.
+codes smaller. E elements, N ranges, M of them.
 """
 
+import math
 import pathlib
+from collections.abc import Callable
 
 import numpy as np
 import tensorstore
 
 _SHARD = 1 << 22
+_EVERY, _PIECE = 64, 1 << 22
 _BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
 _CRC32C = {"name": "crc32c"}
 _CONTEXT = tensorstore.Context({"cache_pool": {"total_bytes_limit": 1 << 28}})
 
 
-def write(path: pathlib.Path, values_E: np.ndarray, inner: int) -> None:
-    """Writes an array in shards of about 4 Mi elements, made of inner chunks of `inner`."""
-    single = values_E.dtype.itemsize == 1
+def pages(values_E: np.ndarray, page: int) -> np.ndarray:
+    """An array as rows of `page` elements, the last one filled up with zeros.
+
+    TensorStore reads many whole rows from anywhere much faster than as many ranges.
+    """
+    return np.pad(values_E, (0, -len(values_E) % page)).reshape(-1, page)
+
+
+def write(path: pathlib.Path, values: np.ndarray, inner: int) -> None:
+    """Writes an array, perhaps of pages, in shards of about 4 Mi elements, made of inner chunks of
+    `inner`."""
+    row = list(values.shape[1:])
+    single = values.dtype.itemsize == 1
+    inner, most = (count // math.prod(row) for count in (inner, _SHARD))
     sharding = {
-        "chunk_shape": [inner],
+        "chunk_shape": [inner, *row],
         "codecs": [{"name": "bytes"} if single else _BYTES, _CRC32C],
         "index_codecs": [_BYTES, _CRC32C],
     }
-    shard = min(_SHARD, -(-max(1, len(values_E)) // inner) * inner)
+    shard = min(most, -(-max(1, len(values)) // inner) * inner)
     metadata = {
-        "shape": [len(values_E)],
-        "data_type": values_E.dtype.name,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [shard]}},
+        "shape": list(values.shape),
+        "data_type": values.dtype.name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [shard, *row]}},
         "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
     }
     spec = _spec(path) | {"metadata": metadata}
     array = tensorstore.open(spec, create=True, delete_existing=True).result()
-    array.write(values_E).result()
+    array.write(values).result()
 
 
 def open_read(path: pathlib.Path) -> tensorstore.TensorStore:
@@ -45,12 +59,52 @@ def open_read(path: pathlib.Path) -> tensorstore.TensorStore:
 
 def gather(
     array: tensorstore.TensorStore, begins_N: np.ndarray, ends_N: np.ndarray
-) -> tensorstore.Future:
-    """A future of the elements of all ranges [begin, end), end to end, in one read."""
-    lengths_N = ends_N - begins_N
-    firsts_N = np.cumsum(lengths_N) - lengths_N
-    index_E = np.arange(lengths_N.sum()) + np.repeat(begins_N - firsts_N, lengths_N)
-    return array[index_E].read()
+) -> Callable[[], np.ndarray]:
+    """Begins to read the ranges [begin, end) of an array in pages; the result waits for them, end
+    to end."""
+    page = array.shape[1]
+    some_N = ends_N > begins_N
+    begins_M, ends_M = begins_N[some_N], ends_N[some_N]
+    first_M = begins_M // page
+    count_M = (ends_M - 1) // page - first_M + 1
+    before_M = np.cumsum(count_M) - count_M
+    pages_E = np.repeat(first_M - before_M, count_M) + np.arange(count_M.sum())
+    unique, place_E = np.unique(pages_E, return_inverse=True)
+    future = array[unique].read()
+    # The pages of a range follow one another, so they do where each is read but once.
+    at_M = place_E[before_M] * page + begins_M % page
+
+    def wait() -> np.ndarray:
+        read_E = np.asarray(future.result()).reshape(-1)
+        sizes_M = ends_M - begins_M
+        pieces = [read_E[a : a + n] for a, n in zip(at_M.tolist(), sizes_M.tolist(), strict=True)]
+        return np.concatenate([read_E[:0], *pieces])
+
+    return wait
+
+
+class Starts:
+    """Where the i-th of N ranges begins, when they lie end to end: `starts[i_M]` is int64 [M].
+
+    Of every 64th range the start is kept; from there lengths are added. So 100 million ranges cost
+    12 MB beside their lengths, `lengths(index)`.
+    """
+
+    def __init__(self, count: int, lengths: Callable[[np.ndarray | slice], np.ndarray]):
+        self._count, self._lengths = count, lengths
+        sums = [
+            np.add.reduceat(piece, np.arange(0, len(piece), _EVERY))
+            for begin in range(0, count, _PIECE)
+            for piece in [lengths(slice(begin, begin + _PIECE)).astype(np.int64)]
+        ]
+        self._kept = np.cumsum(np.concatenate([np.zeros(1, np.int64), *sums]))
+
+    def __getitem__(self, index_M: np.ndarray) -> np.ndarray:
+        block_M, within_M = np.divmod(index_M, _EVERY)
+        near_Mk = block_M[:, None] * _EVERY + np.arange(_EVERY)
+        lengths_Mk = self._lengths(np.minimum(near_Mk, self._count - 1)).astype(np.int64)
+        before_Mk = np.arange(_EVERY) < within_M[:, None]
+        return self._kept[block_M] + np.where(before_Mk, lengths_Mk, 0).sum(axis=1)
 
 
 def _spec(path: pathlib.Path) -> dict:

@@ -9,10 +9,11 @@ import grain
 import numpy as np
 
 from data_pipelines import image_folder, shuffle, video_folder
+from emu3_jax import data
 
 
 @dataclasses.dataclass
-class ClipRows:
+class ClipRows(data.Data):
     """Rows {"clip": uint8 [frames, size, size, 3]} without end, shuffled as ImageRows are.
 
     A clip has `frames` frames at `fps` (0: the file's own) from a random time, less than `reach`
@@ -48,7 +49,7 @@ class ClipRows:
 
 
 @dataclasses.dataclass
-class MixedRows:
+class MixedRows(data.Data):
     """Rows {"image": ..., "clip": ...}: row i of the images beside row i of the clips."""
 
     images: image_folder.ImageRows = dataclasses.field(default_factory=image_folder.ImageRows)

@@ -1,29 +1,39 @@
 """Images and videos become a token store: read, resized as Emu3 does, encoded, part by part.
 
+They come from any source (sources.py), videos whole or by scenes, less what filters leave out.
 Every process writes parts of its own and needs no other. A part is planned (plan.py), read ahead by
 threads (reader.py) and encoded on the devices of the process (encoder.py), which get a batch before
-the codes of the one before are fetched. What a part holds follows from the list, the files and the
+the codes of the one before are fetched. What a part holds follows from the source and the
 configuration, not from when it was made or after how many interruptions.
 
 Legend: B images of a batch, T frames, H rows, W columns, C colours of pixels; t h w the grid of
 codes.
 """
 
+import concurrent.futures
 import dataclasses
-import functools
 import hashlib
 import json
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
+from typing import Any, BinaryIO, Protocol
 
-import jax
 import numpy as np
 
-from data_pipelines import encoder, image_folder, parts, plan, reader, store
-from emu3_jax import metrics
+from data_pipelines import (
+    chat,
+    encoder,
+    image_folder,
+    parts,
+    plan,
+    progress,
+    reader,
+    scenes,
+    sources,
+    store,
+)
+from data_pipelines.filters import Filters
 from emu3_jax import vocab as vocabulary
 from tokenizer import convert
 
@@ -32,11 +42,14 @@ _WAIT = 2.0  # seconds between two looks at whether the other processes are done
 
 @dataclasses.dataclass
 class Encode:
-    """Job: encodes the images and videos of a list, with their captions, into a token store.
+    """Job: encodes the images and videos of a source, with their captions, into a token store.
 
-    images, list      as ImageFolder takes them; videos are told by the names of their files
+    source            a dataclass of sources.py; videos are told by the names of their files
+    filters           what is left out, and counted by reason in the store
     tokenizer, dtype  a directory that tokenizer.convert.load reads, and what to compute in
     vocab, codes      ranks file of the captions ("emu3": Emu3's) and number of visual codes
+    conversation      the column that holds a conversation about each image or video (chat.py says
+                      in which forms), which is stored in place of the caption; "": there is none
     directory         the store
     tokens            visual codes that a device encodes at once; memory grows with them. An image
                       of 512x512 pixels has 4,096
@@ -45,19 +58,23 @@ class Encode:
                       are its number in a run of several processes and their count
     min_pixels, max_pixels, factor   images are resized to an area in this range, both sides to
                       multiples of `factor`, the tokenizer's pixels a code
-    aspects           0: every image keeps its shape, as Emu3 has it; else see plan.Sizes
+    aspects, area     0, 0: every image keeps its shape, as Emu3 has it; else see plan.Sizes
     fps, seconds      frames a second that videos are read at and how much of them (0: all)
+    clip_seconds      least and most seconds of a clip: each video becomes as many documents as it
+                      has pieces of that length that no cut crosses (scenes.py), NAME#START each,
+                      and `seconds` is not used. (0, 0): one document a video
     video             "clips": each 4 frames by themselves, as Emu3's script has it, or "stream"
     max_bad           how many bad files a part may skip; each is named on stderr and counted
     licence           of the images, for store.json
     """
 
-    images: str = "runs/images"
-    list: str = "captions.jsonl"
+    source: Any = dataclasses.field(default_factory=sources.Images)
+    filters: Filters = dataclasses.field(default_factory=Filters)
     tokenizer: str = "runs/tokenizer"
     dtype: str = "float32"
     vocab: str = "emu3"
     codes: int = 32768
+    conversation: str = ""
     directory: str = "runs/store"
     tokens: int = 4096
     parts: int = 1
@@ -67,8 +84,10 @@ class Encode:
     max_pixels: int = 1024 * 1024
     factor: int = 8
     aspects: int = 0
+    area: int = 0
     fps: float = 24.0
     seconds: float = 5.0
+    clip_seconds: tuple[float, float] = (0.0, 0.0)
     video: str = "clips"
     max_bad: int = 100
     licence: str = ""
@@ -76,7 +95,24 @@ class Encode:
     @property
     def sizes(self) -> plan.Sizes:
         """The sizes of what is encoded."""
-        return plan.Sizes(self.min_pixels, self.max_pixels, self.factor, self.aspects)
+        return plan.Sizes(self.min_pixels, self.max_pixels, self.factor, self.aspects, self.area)
+
+    def pieces(self, file: pathlib.Path | BinaryIO) -> list[tuple[float, float]]:
+        """(start, seconds) of what is taken of a video."""
+        if any(self.clip_seconds):
+            return scenes.clips(file, self.fps, *self.clip_seconds)
+        return [(0.0, self.seconds)]
+
+    def check(self) -> None:
+        """ValueError for settings that cannot be."""
+        self.sizes.check()
+        self.filters.check()
+        least, most = self.clip_seconds
+        if not 0 <= least <= most:
+            raise ValueError(
+                f"clip_seconds {least:g} to {most:g}: want least and most, or 0 and 0 for whole "
+                "videos"
+            )
 
     def run(self) -> None:
         """Writes the missing parts of this process, and waits for those of the run's others.
@@ -113,42 +149,33 @@ class Encoder(Protocol):
 def encode(config: Encode, tokenizer: Encoder, fingerprint: str, vocab: vocabulary.Vocab) -> bool:
     """What `Encode.run` does with a tokenizer and a vocabulary in memory; is the store complete?
 
-    Raises StoreError if the store holds parts of another tokenizer, vocabulary, list, dtype or
-    video mode, ValueError for too many bad files.
+    Raises StoreError if the store holds parts of another tokenizer, vocabulary, source, dtype or
+    video mode, ValueError for a source or filters that cannot be, for too many bad files.
     """
-    folder = image_folder.ImageFolder(config.images, config.list)
-    if not 1 <= config.parts <= len(folder):
-        raise ValueError(f"{config.parts} parts for {len(folder)} files; take 1 to {len(folder)}")
-    work = _Work(config, folder, tokenizer, vocab)
-    made_with = {part: work.made_with(part, fingerprint) for part in _parts(config)}
+    config.check()
+    source = config.source.open()
+    if not 1 <= config.parts <= len(source):
+        raise ValueError(f"{config.parts} parts for {len(source)} files; take 1 to {len(source)}")
+    work = _Work(config, source, tokenizer, vocab)
+    mine = parts.mine(config.parts, config.worker, config.workers)
+    made_with = {part: work.made_with(part, fingerprint) for part in mine}
     paths = {part: store.part_path(config.directory, part, config.parts) for part in made_with}
     missing = [part for part in paths if not parts.is_complete(paths[part], made_with[part])]
     if not missing:
         print(f"{config.directory}: encoded ({len(paths)} of {config.parts} parts here)")
-    progress = _Progress(config.directory, sum(len(work.members(part)) for part in missing))
+    shown = progress.Progress(config.directory, sum(len(work.members(part)) for part in missing))
     for part in missing:
-        bad = _Bad(config, progress)
-        documents = work.documents(part, bad, progress)
-        parts.write(paths[part], documents, made_with[part], len(bad.messages))
-        skipped = f", {len(bad.messages)} bad skipped" if bad.messages else ""
-        print(f"{paths[part]}: {len(documents)} documents{skipped}", flush=True)
+        bad = progress.Bad(config.source.name, config.max_bad, shown)
+        documents, dropped = work.documents(part, bad, shown)
+        parts.write(paths[part], documents, made_with[part], len(bad.messages), dropped)
+        counts = {"bad skipped": len(bad.messages), "left out": sum(dropped.values())}
+        rest = "".join(f", {count} {what}" for what, count in counts.items() if count)
+        print(f"{paths[part]}: {len(documents)} documents{rest}", flush=True)
     return _finish(config)
 
 
-def _parts(config: Encode) -> range:
-    """The parts of this process."""
-    if config.worker == config.workers == 0:
-        return range(jax.process_index(), config.parts, jax.process_count())
-    if not 0 <= config.worker < config.workers:
-        raise ValueError(
-            f"worker {config.worker} of workers {config.workers}; they are counted from 0"
-        )
-    return range(config.worker, config.parts, config.workers)
-
-
 def _finish(config: Encode) -> bool:
-    source = str(pathlib.Path(config.images) / config.list)
-    return store.finish(config.directory, config.parts, source, config.licence)
+    return store.finish(config.directory, config.parts, config.source.name, config.licence)
 
 
 @dataclasses.dataclass
@@ -156,79 +183,106 @@ class _Work:
     """All that the parts of a store are made of."""
 
     config: Encode
-    folder: image_folder.ImageFolder
+    source: sources.Source
     tokenizer: Encoder
     vocab: vocabulary.Vocab
 
-    @functools.cached_property
-    def has_videos(self) -> bool:
-        """Whether any part has a video."""
-        return any(plan.is_video(entry["file"]) for entry in self.folder.entries)
-
     def members(self, part: int) -> range:
-        """The files of a part: a contiguous stretch of the list."""
-        count, parts = len(self.folder), self.config.parts
+        """The records of a part: a contiguous stretch of the source."""
+        count, parts = len(self.source), self.config.parts
         return range(part * count // parts, (part + 1) * count // parts)
 
     def made_with(self, part: int, fingerprint: str) -> store.Fingerprints:
-        """As whose work a part counts; `source` is its files by name, captions and resizing."""
+        """As whose work a part counts; `source` is its records by name, captions, filters and
+        resizing."""
         config = self.config
         settings = [config.min_pixels, config.max_pixels, config.factor, config.aspects]
-        settings += [config.fps, config.seconds] if self.has_videos else []
-        entries = [self.folder.entries[i] for i in self.members(part)]
-        pairs = [[entry["file"], _caption(entry)] for entry in entries]
-        source = hashlib.sha256(json.dumps([settings, pairs]).encode()).hexdigest()
-        video = config.video if self.has_videos else ""
+        settings += [config.area] if config.area else []
+        if self.source.has_videos:
+            clips = config.clip_seconds
+            settings += [config.fps, *clips] if any(clips) else [config.fps, config.seconds]
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            said = list(pool.map(self._said, self.members(part)))
+        if config.filters != Filters():
+            settings.append(config.filters.fingerprint())
+        source = hashlib.sha256(json.dumps([settings, said]).encode()).hexdigest()
+        video = config.video if self.source.has_videos else ""
         return store.Fingerprints(self.vocab.fingerprint, fingerprint, source, config.dtype, video)
 
-    def documents(self, part: int, bad: "_Bad", progress: "_Progress") -> list[store.Document]:
-        """The documents of a part, in the order of the list."""
+    def _said(self, member: int) -> list | None:
+        """What decides about a record apart from its pixels."""
+        try:
+            entry = self.source.entry(member)
+        except image_folder.BadFile:
+            return None
+        columns = [entry.columns] if self.config.filters.columns else []
+        if self.config.conversation:
+            columns.append(entry.columns.get(self.config.conversation))
+        return [entry.key, entry.caption, *columns]
+
+    def documents(
+        self, part: int, bad: progress.Bad, shown: progress.Progress
+    ) -> tuple[list[store.Document], dict[str, int]]:
+        """The documents of a part, in the order of the source, and how many were left out why."""
         config, name = self.config, parts.part_name(part, self.config.parts)
-        batches, unusable = plan.make(
-            self.folder, self.members(part), config.sizes, self.tokenizer.batch
+        planner = plan.Planner(
+            self.source, config.sizes, self.tokenizer.batch, config.pieces, config.filters
         )
-        progress.plan(name, batches, self.tokenizer.batch)
-        for error in unusable:
+        planned = planner.plan(self.members(part))
+        shown.plan(name, planned, len(self.members(part)), self.tokenizer.batch)
+        for error in planned.bad:
             bad.add(error)
-        read = reader.Reader(self.folder, config.sizes, config.fps, config.seconds).read(batches)
+        read = reader.Reader(self.source, config.sizes, config.fps).read(planned.batches)
         documents = {}
         for usable, codes in _one_behind(self._start(read, bad)):
-            for member, codes_thw in zip(usable, codes(), strict=True):
-                documents[member] = self._document(member, usable[member], codes_thw)
-                progress.add(1, codes_thw.size)
-        return [documents[member] for member in sorted(documents)]
+            for place, codes_thw in zip(usable, codes(), strict=True):
+                try:
+                    documents[place] = self._document(*place, usable[place], codes_thw)
+                    shown.add(1, codes_thw.size)
+                except image_folder.BadFile as error:
+                    bad.add(error)
+        return [documents[place] for place in sorted(documents)], planned.dropped
 
-    def _start(self, read: Iterable, bad: "_Bad") -> Iterator[tuple[dict, Callable]]:
-        """Each batch: what is usable by member, and what waits for its codes, already begun."""
+    def _start(self, read: Iterable, bad: progress.Bad) -> Iterator[tuple[dict, Callable]]:
+        """Each batch: what is usable by record and start, and what waits for its codes, begun."""
         for batch, loaded in read:
             usable = {}
             for member, item in zip(batch.members, loaded, strict=True):
                 if isinstance(item, image_folder.BadFile):
                     bad.add(item)
                 else:
-                    usable[member] = item
+                    usable[member, batch.start] = item
             if usable and batch.size:
                 yield usable, self.tokenizer.images(np.stack(list(usable.values())))
             elif usable:
-                yield usable, self.tokenizer.video(usable[batch.members[0]].x_THWC)
+                yield usable, self.tokenizer.video(*(item.x_THWC for item in usable.values()))
 
     def _document(
-        self, member: int, item: np.ndarray | reader.Frames, codes_thw: np.ndarray
+        self, member: int, start: float, item: np.ndarray | reader.Frames, codes_thw: np.ndarray
     ) -> store.Document:
-        entry = self.folder.entries[member]
+        entry = self.source.entry(member)
         if codes_thw.max() >= self.vocab.codes:
             raise ValueError(
-                f"{entry['file']}: code {codes_thw.max()} does not fit a vocabulary of "
+                f"{entry.key}: code {codes_thw.max()} does not fit a vocabulary of "
                 f"{self.vocab.codes} codes; set codes to the tokenizer's codebook size"
             )
-        text = np.array(self.vocab.encode(_caption(entry)), np.uint32)
-        if isinstance(item, reader.Frames):
-            return store.Document(entry["file"], text, codes_thw, item.fps, len(item.x_THWC))
-        return store.Document(entry["file"], text, codes_thw)
+        text, turns = self._text(entry)
+        if not isinstance(item, reader.Frames):
+            return store.Document(entry.key, text, codes_thw, turns=turns)
+        key = f"{entry.key}#{start:.3f}" if any(self.config.clip_seconds) else entry.key
+        return store.Document(key, text, codes_thw, item.fps, len(item.x_THWC), turns)
 
-
-def _caption(entry: dict) -> str:
-    return entry["caption"] if "caption" in entry else ""
+    def _text(self, entry: sources.Entry) -> tuple[np.ndarray, np.ndarray | None]:
+        """The ids of a caption, or those of a conversation and the lengths of its pieces."""
+        column = self.config.conversation
+        if not column:
+            return np.array(self.vocab.encode(entry.caption), np.uint32), None
+        if column not in entry.columns:
+            raise image_folder.BadFile(f"{entry.key}: no column {column!r}")
+        try:
+            return chat.conversation(entry.columns[column], self.vocab, image=True)
+        except chat.BadConversation as error:
+            raise image_folder.BadFile(f"{entry.key}: {error}") from error
 
 
 def _one_behind(items: Iterable) -> Iterator:
@@ -238,59 +292,3 @@ def _one_behind(items: Iterable) -> Iterator:
         yield from last
         last = [item]
     yield from last
-
-
-class _Bad:
-    """Files that a part skips: names each, and ends the job when there are too many."""
-
-    def __init__(self, config: Encode, progress: "_Progress"):
-        self.messages = []
-        self._config, self._progress = config, progress
-
-    def add(self, error: image_folder.BadFile) -> None:
-        print(f"skipped: {error}", file=sys.stderr)
-        self.messages.append(str(error))
-        self._progress.add(1, 0)
-        config = self._config
-        if len(self.messages) > config.max_bad:
-            raise ValueError(
-                image_folder.too_many_bad(config.images, self.messages, config.max_bad, "file")
-            )
-
-
-class _Progress:
-    """A line for each plan, and one every few seconds: files done, rates, time left."""
-
-    def __init__(self, name: str, total: int):
-        self._name, self._total, self._done, self._tokens = name, total, 0, 0
-        self._start = self._printed = time.time()
-
-    def plan(self, part: str, batches: list[plan.Batch], most: Callable[[int, int], int]) -> None:
-        """How well the batches of a part are filled, on which its speed depends."""
-        images = [batch for batch in batches if batch.size]
-        sizes = {batch.size for batch in images}
-        places = sum(most(*batch.size) for batch in images)
-        full = sum(len(batch.members) for batch in images) / max(1, places)
-        print(
-            f"{self._name}  {part}: {len(images)} batches, {full:.0%} full, in {len(sizes)} sizes,"
-            f" {len(batches) - len(images)} videos",
-            flush=True,
-        )
-
-    def add(self, files: int, tokens: int) -> None:
-        """Counts files that are done."""
-        self._done += files
-        self._tokens += tokens
-        now = time.time()
-        if now - self._printed < 5:
-            return
-        self._printed = now
-        files_per_second, tokens_per_second = (
-            count / (now - self._start) for count in (self._done, self._tokens)
-        )
-        left = metrics.time_left((self._total - self._done) / files_per_second)
-        print(
-            f"{self._name}  {self._done}/{self._total} files  {files_per_second:.3g} files/s  "
-            f"{tokens_per_second:,.0f} tokens/s  {left} left",
-            flush=True,
-        )

@@ -1,25 +1,22 @@
-"""A directory of images with a list of captions, as a source of records and as rows for the
-tokenizer.
+"""A directory of images with captions, as a source of records and as rows for the tokenizer.
 
-The list is JSON lines or CSV with the columns `file` and `caption` (and any others); files are
-relative to the directory. Legend: H rows, W columns, C colours of pixels.
+Legend: H rows, W columns, C colours of pixels.
 """
 
-import csv
 import dataclasses
-import json
 import pathlib
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import IO
+from typing import IO, BinaryIO
 
 import grain
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
-from data_pipelines import shuffle
+from data_pipelines import entries, shuffle
+from emu3_jax import data
 
 SMALLEST = 8
 WIDEST = 5
@@ -42,59 +39,31 @@ class Record:
     caption: str
 
 
-class ImageFolder:
-    """A random-access source: `folder[i]` is a Record (uint8 RGB on white) or raises BadImage.
-
-    `entries` are the list's lines as dictionaries.
-    """
+class ImageFolder(entries.Folder):
+    """A random-access source: `folder[i]` is a Record (uint8 RGB on white) or raises BadImage."""
 
     def __init__(self, directory: str, list: str = "captions.jsonl"):
         """Raises ValueError for a missing directory or list, an empty one or one without `file`."""
-        self.directory = pathlib.Path(directory)
-        self.entries = read_list(self.directory / list)
-
-    def __len__(self) -> int:
-        return len(self.entries)
+        super().__init__(directory, list, "image")
 
     def __getitem__(self, index: int) -> Record:
-        entry = self.entries[index]
-        image_HWC = read_image(self.directory / entry["file"])
-        return Record(entry["file"], image_HWC, entry["caption"] if "caption" in entry else "")
+        entry = self.entry(index)
+        return Record(entry.key, read_image(self.file(index)), entry.caption)
 
 
-def read_list(path: pathlib.Path, kind: str = "image") -> list[dict]:
-    """The entries of a .jsonl or .csv list of images; ValueError names what is wrong with it."""
-    if not path.exists():
-        raise ValueError(f"{path} does not exist; write a list with the columns file and caption")
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".csv":
-        entries = list(csv.DictReader(text.splitlines()))
-    else:
-        entries = [_parse(path, i, line) for i, line in enumerate(text.splitlines()) if line]
-    if not entries:
-        raise ValueError(f"{path} lists no {kind}s; write one {kind} a line")
-    for i, entry in enumerate(entries):
-        if not isinstance(entry, dict) or "file" not in entry:
-            raise ValueError(f"{path}, entry {i + 1} has no column 'file'; it reads {entry}")
-    return entries
+def read_image(file: pathlib.Path | BinaryIO) -> np.ndarray:
+    """An image file as uint8 [H, W, 3] on white, turned as its EXIF says; BadImage if unusable.
 
-
-def _parse(path: pathlib.Path, index: int, line: str) -> dict:
+    An open file, which has a `name` for errors, is closed.
+    """
+    name = entries.file_name(file)
     try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {index + 1} is no JSON: {error}") from error
-
-
-def read_image(path: pathlib.Path) -> np.ndarray:
-    """An image file as uint8 [H, W, 3] on white, turned as its EXIF says; BadImage if unusable."""
-    try:
-        with open(path, "rb") as file:
-            return decode_image(str(path), file)
+        with open(file, "rb") if isinstance(file, pathlib.Path) else file as opened:
+            return decode_image(name, opened)
     except FileNotFoundError:
-        raise BadImage(f"{path}: no such file") from None
+        raise BadImage(f"{name}: no such file") from None
     except OSError as error:
-        raise BadImage(f"{path}: {_one_line(error)}") from None
+        raise BadImage(f"{name}: {_one_line(error)}") from None
 
 
 def decode_image(name: str, file: IO[bytes]) -> np.ndarray:
@@ -128,7 +97,7 @@ def _one_line(error: Exception) -> str:
 
 
 @dataclasses.dataclass
-class ImageRows:
+class ImageRows(data.Data):
     """The tokenizer's data: rows {"image": uint8 [size, size, 3]} without end, shuffled anew
     each epoch.
 

@@ -1,12 +1,14 @@
 """One part of a token store: a directory of arrays that counts once its part.json is there.
 
-Vision codes and text ids lie end to end, each with offsets; the other columns have one entry a
-document. Codes are raw: the document layout is applied when reading, so a template can change
-without encoding again.
+Vision codes and text ids lie end to end. What must be known of each document before it is read is
+little, as there may be 100 million: how many text ids it has, and which of the part's few shapes.
+Codes are raw: the document layout is applied when reading, so a template can change without
+encoding again.
 
-Legend: N documents, E elements of a column, t latent frames, h rows, w columns of codes.
+Legend: N documents, S shapes, E elements of a column, t latent frames, h rows, w columns of codes.
 """
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -14,27 +16,28 @@ import os
 import pathlib
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
+import jax
 import numpy as np
 
 from data_pipelines import arrays, checksum
 
-SCHEMA = 2
+SCHEMA = 3
 TEXT, IMAGE, VIDEO = 0, 1, 2
 COLUMNS = {
     "codes": "uint16",
-    "code_offsets": "int64",
     "text": "uint32",
-    "text_offsets": "int64",
-    "kind": "uint8",
-    "grid": "int32",  # t, h, w of each document, one after the other
-    "fps": "float32",
+    "turns": "uint32",  # lengths of a conversation's pieces, end to end
+    "text_length": "uint32",
+    "turn_count": "uint16",
+    "shape": "uint32",  # which of part.json's shapes (t, h, w, fps)
     "frames": "int32",
     "keys": "uint8",  # UTF-8, each key ended by a newline
 }
 # Elements of an inner chunk, the least that is read: about one image, or a column at a time.
-_INNER = {name: 4096 if name in ("codes", "text") else 1 << 16 for name in COLUMNS}
+_INNER = {name: 4096 if name in ("codes", "text", "turns") else 1 << 16 for name in COLUMNS}
+_PAGES = dict(codes=4096, text=512, turns=512)
 _NO_CODES = np.zeros(0, np.uint16)
 
 
@@ -47,7 +50,9 @@ class Document:
     """One stored document: text ids, and codes where it has an image (t = 1) or a video.
 
     Of a video, `fps` is the frame rate in pixel frames a second and `frames` how many it has,
-    before its last one was repeated to fill up the latent ones; 0 for anything else.
+    before its last one was repeated to fill up the latent ones; 0 for anything else. Of a
+    conversation, `turns` are the lengths of the text's pieces: what stands before the image, then
+    question and answer by turns.
     """
 
     key: str
@@ -55,6 +60,7 @@ class Document:
     codes_thw: np.ndarray | None = None
     fps: float = 0.0
     frames: int = 0
+    turns: np.ndarray | None = None
 
     @property
     def kind(self) -> int:
@@ -94,6 +100,19 @@ def part_name(part: int, parts: int) -> str:
     return f"part-{part:05}-of-{parts:05}"
 
 
+def mine(parts: int, worker: int, workers: int) -> range:
+    """The parts that this process writes: worker, worker + workers, ...
+
+    With `workers` 0, those are its number in a run of several processes and their count. Raises
+    ValueError for a worker that is none of them.
+    """
+    if worker == workers == 0:
+        return range(jax.process_index(), parts, jax.process_count())
+    if not 0 <= worker < workers:
+        raise ValueError(f"worker {worker} of workers {workers}; they are counted from 0")
+    return range(worker, parts, workers)
+
+
 def is_complete(path: pathlib.Path, made_with: Fingerprints) -> bool:
     """Whether the part is written; StoreError if it is, but otherwise than this run would."""
     info = read_json(path / "part.json")
@@ -113,96 +132,96 @@ def check_schema(name: str, info: dict) -> None:
 
 
 def write(
-    path: pathlib.Path, documents: Iterable[Document], made_with: Fingerprints, skipped: int = 0
+    path: pathlib.Path,
+    documents: Iterable[Document],
+    made_with: Fingerprints,
+    skipped: int = 0,
+    dropped: dict[str, int] | None = None,
 ) -> None:
     """Writes a part (in memory until then, one write an array), part.json last.
 
-    What an interrupted writer left is removed first. `skipped` counts bad records of the source.
+    What an interrupted writer left is removed first. `skipped` counts bad records of the source,
+    `dropped` those left out on purpose, by reason.
     Raises ValueError for codes above 65,535 and for keys with newlines.
     """
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
-    columns = _columns(list(documents))
-    for name, values_E in columns.items():
-        arrays.write(path / name, values_E, _INNER[name])
+    columns, shapes = _columns(list(documents))
+    stored = {
+        name: arrays.pages(values_E, _PAGES[name]) if name in _PAGES else values_E
+        for name, values_E in columns.items()
+    }
+    for name, values in stored.items():
+        arrays.write(path / name, values, _INNER[name])
     files = sorted(p for p in path.rglob("*") if p.is_file())
     info = {
         "schema": SCHEMA,
-        "documents": len(columns["kind"]),
+        "documents": len(columns["shape"]),
         "codes": len(columns["codes"]),
         "text_tokens": len(columns["text"]),
+        "turns": len(columns["turns"]),
+        "conversations": int((columns["turn_count"] > 0).sum()),
         "skipped": skipped,
+        "dropped": dropped or {},
         **dataclasses.asdict(made_with),
-        "crc32c": {name: f"{checksum.crc32c(v_E):08x}" for name, v_E in columns.items()},
+        "shapes": shapes,
+        "crc32c": {name: f"{checksum.crc32c(values):08x}" for name, values in stored.items()},
         "files": {str(p.relative_to(path)): p.stat().st_size for p in files},
     }
     write_json(path / "part.json", info)
 
 
 class Part:
-    """A complete part, opened for reading; columns with one entry a document are in memory."""
+    """A complete part, opened for reading."""
 
     def __init__(self, path: pathlib.Path):
-        """Raises StoreError for a part that is missing, truncated or damaged."""
-        self.path = path
+        """Raises StoreError for a part that is missing or truncated."""
+        self.path, self._arrays = path, {}
         self.info = read_json(path / "part.json")
         if self.info is None:
             raise StoreError(f"store {path.parent} lacks {path.name}; run its encode job again")
+        check_schema(str(path), self.info)
         for name, size in self.info["files"].items():
             found = (path / name).stat().st_size if (path / name).exists() else 0
             if found != size:
                 raise self._damaged(f"{name} has {found} bytes of {size}")
-        self.kind_N = self._column("kind")
-        self.fps_N = self._column("fps")
-        self.frames_N = self._column("frames")
-        self.grid_N3 = self._column("grid").reshape(-1, 3)
-        self.text_offsets = self._column("text_offsets")
-        self.code_offsets = self._column("code_offsets")
-        self._arrays = {name: arrays.open_read(path / name) for name in ("codes", "text")}
 
-    def start_read(self, local_N: np.ndarray) -> list:
-        """Futures of the codes and the text of these documents, end to end."""
-        offsets = {"codes": self.code_offsets, "text": self.text_offsets}
-        return [
-            arrays.gather(self._arrays[n], o[local_N], o[local_N + 1]) for n, o in offsets.items()
-        ]
+    def __len__(self) -> int:
+        return self.info["documents"]
 
-    def finish_read(self, local_N: np.ndarray, reads: list) -> list[Document]:
-        """The documents whose `start_read` gave `reads`, without keys."""
-        try:
-            codes_E, text_E = (np.asarray(read.result()) for read in reads)
-        except ValueError as error:
-            raise self._damaged(_first_line(error)) from error
-        code_ends = np.cumsum(self.code_offsets[local_N + 1] - self.code_offsets[local_N])[:-1]
-        text_ends = np.cumsum(self.text_offsets[local_N + 1] - self.text_offsets[local_N])[:-1]
-        pieces = zip(
-            local_N, np.split(codes_E, code_ends), np.split(text_E, text_ends), strict=True
-        )
-        return [
-            Document(
-                key="",
-                text=text,
-                codes_thw=None if self.kind_N[i] == TEXT else codes.reshape(self.grid_N3[i]),
-                fps=float(self.fps_N[i]),
-                frames=int(self.frames_N[i]),
-            )
-            for i, codes, text in pieces
-        ]
+    def column(self, name: str) -> np.ndarray:
+        """A whole column; StoreError if it is damaged."""
+        values_E = self._stored(name).reshape(-1)
+        sizes = dict(codes="codes", text="text_tokens", turns="turns")
+        return values_E[: self.info[sizes[name]]] if name in sizes else values_E
+
+    def _stored(self, name: str) -> np.ndarray:
+        return self._wait(arrays.open_read(self.path / name).read().result)
+
+    def gather(self, name: str, begins_N: np.ndarray, ends_N: np.ndarray) -> Callable:
+        """Begins to read these ranges of a column; the result waits for them, end to end.
+
+        It raises StoreError if they are damaged.
+        """
+        if name not in self._arrays:
+            self._arrays[name] = arrays.open_read(self.path / name)
+        wait = arrays.gather(self._arrays[name], begins_N, ends_N)
+        return lambda: self._wait(wait)
 
     def keys(self) -> list[str]:
         """The source keys of all documents, in order."""
-        return self._column("keys").tobytes().decode().split("\n")[:-1]
+        return self.column("keys").tobytes().decode().split("\n")[:-1]
 
     def verify(self) -> None:
         """Reads everything; StoreError for the first column that differs from its checksum."""
         for name, wanted in self.info["crc32c"].items():
-            found = f"{checksum.crc32c(self._column(name)):08x}"
+            found = f"{checksum.crc32c(self._stored(name)):08x}"
             if found != wanted:
                 raise self._damaged(f"{name} has crc32c {found}, part.json says {wanted}")
 
-    def _column(self, name: str) -> np.ndarray:
+    def _wait(self, wait: Callable) -> np.ndarray:
         try:
-            return np.asarray(arrays.open_read(self.path / name).read().result())
+            return np.asarray(wait())
         except ValueError as error:
             raise self._damaged(_first_line(error)) from error
 
@@ -240,7 +259,8 @@ def write_json(path: pathlib.Path, value: dict) -> None:
         left.unlink(missing_ok=True)
 
 
-def _columns(documents: list[Document]) -> dict[str, np.ndarray]:
+def _columns(documents: list[Document]) -> tuple[dict[str, np.ndarray], list[list]]:
+    """All columns by name, and the shapes with their counts."""
     for document in documents:
         if "\n" in document.key:
             raise ValueError(f"key {document.key!r} has a newline; give the document another key")
@@ -248,20 +268,29 @@ def _columns(documents: list[Document]) -> dict[str, np.ndarray]:
             raise ValueError(
                 f"{document.key}: code {document.codes_thw.max()} does not fit the store's uint16"
             )
+        if document.turns is not None and document.turns.sum() != len(document.text):
+            raise ValueError(
+                f"{document.key}: turns of {document.turns.sum()} ids in a text of "
+                f"{len(document.text)}"
+            )
     codes = [_NO_CODES if d.codes_thw is None else d.codes_thw.ravel() for d in documents]
     grids = [(0, 0, 0) if d.codes_thw is None else d.codes_thw.shape for d in documents]
+    turns = [d.turns for d in documents if d.turns is not None]
+    found = [(*grid, float(d.fps)) for grid, d in zip(grids, documents, strict=True)]
+    counts = collections.Counter(found)
+    numbers = {shape: number for number, shape in enumerate(sorted(counts))}
     values = {
         "codes": np.concatenate([_NO_CODES, *codes]),
-        "code_offsets": np.cumsum([0] + [len(c) for c in codes]),
         "text": np.concatenate([np.zeros(0, np.uint32), *(d.text for d in documents)]),
-        "text_offsets": np.cumsum([0] + [len(d.text) for d in documents]),
-        "kind": np.array([d.kind for d in documents]),
-        "grid": np.array(grids).ravel(),
-        "fps": np.array([d.fps for d in documents]),
+        "turns": np.concatenate([np.zeros(0, np.uint32), *turns]),
+        "text_length": np.array([len(d.text) for d in documents]),
+        "turn_count": np.array([0 if d.turns is None else len(d.turns) for d in documents]),
+        "shape": np.array([numbers[shape] for shape in found]),
         "frames": np.array([d.frames for d in documents]),
         "keys": np.frombuffer("".join(d.key + "\n" for d in documents).encode(), np.uint8),
     }
-    return {name: values[name].astype(dtype) for name, dtype in COLUMNS.items()}
+    columns = {name: values[name].astype(dtype) for name, dtype in COLUMNS.items()}
+    return columns, [[*shape, counts[shape]] for shape in numbers]
 
 
 def _first_line(error: Exception) -> str:

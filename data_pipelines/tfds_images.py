@@ -5,16 +5,22 @@ It must be prepared in array_record files: those give any record by its number.
 
 import io
 from collections.abc import Callable
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 import tensorflow_datasets as tfds
 
-from data_pipelines import image_folder
+from data_pipelines import image_folder, sources
 
 
 class TfdsImages:
     """A random-access source: `images[i]` is an image_folder.Record (uint8 RGB on white), whose key
-    is SPLIT/i, or raises BadImage."""
+    is SPLIT/i, or raises BadImage.
+
+    Numbers, texts and classes other than the caption are an entry's columns.
+    """
+
+    has_videos = False
 
     def __init__(self, directory: str, split: str, image: str = "image", caption: str = ""):
         """Args: directory: of one version of a data set, with dataset_info.json; split: a name, or
@@ -32,20 +38,36 @@ class TfdsImages:
         self._directory, self._split, self._image = directory, split, image
         self._features = builder.info.features
         self._check(image, "Image", tfds.features.Image)
-        self._caption = self._reader(caption)
+        self._caption = self._caption_reader(caption)
+        self._columns = {
+            name: reader
+            for name, feature in self._features.items()
+            if name != caption and (reader := _reader(name, feature))
+        }
         self._source = self._open(builder)
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, index: int) -> image_folder.Record:
+        return sources.read(self, index)
+
+    def entry(self, index: int) -> sources.Entry:
+        """Key, caption and columns of a record."""
+        example = self._example(index)
+        columns = {name: read(example) for name, read in self._columns.items()}
+        return sources.Entry(f"{self._split}/{index}", self._caption(example), columns)
+
+    def file(self, index: int) -> BinaryIO:
+        """The image of a record, undecoded."""
+        file = io.BytesIO(self._example(index)[self._image])
+        file.name = f"{self._directory}: {self._split}/{index}"
+        return file
+
+    def _example(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        example, key = self._source[index], f"{self._split}/{index}"
-        image_HWC = image_folder.decode_image(
-            f"{self._directory}: {key}", io.BytesIO(example[self._image])
-        )
-        return image_folder.Record(key, image_HWC, self._caption(example))
+        return self._source[index]
 
     def _open(self, builder: Any) -> Any:
         format = builder.info.file_format.value
@@ -54,20 +76,22 @@ class TfdsImages:
                 f"{self._directory} is in {format} files; prepare it with file_format=array_record"
             )
         # Images stay files, which image_folder reads as it reads all others.
-        decoders = {self._image: tfds.decode.SkipDecoding()}
+        kinds = tfds.features.Image, tfds.features.Video
+        decoders = {
+            name: tfds.decode.SkipDecoding()
+            for name, feature in self._features.items()
+            if isinstance(feature, kinds)
+        }
         try:
             return builder.as_data_source(self._split, decoders=decoders)
         except ValueError as error:
             raise ValueError(f"{self._directory}: {str(error).splitlines()[0]}") from error
 
-    def _reader(self, caption: str) -> Callable[[dict], str]:
+    def _caption_reader(self, caption: str) -> Callable[[dict], str]:
         if not caption:
             return lambda example: ""
         self._check(caption, "Text or ClassLabel", tfds.features.Text, tfds.features.ClassLabel)
-        feature = self._features[caption]
-        if isinstance(feature, tfds.features.ClassLabel):
-            return lambda example: feature.int2str(int(example[caption]))
-        return lambda example: example[caption].decode("utf-8", "replace")
+        return _reader(caption, self._features[caption])
 
     def _check(self, name: str, wanted: str, *kinds: type) -> None:
         if name not in self._features:
@@ -78,3 +102,15 @@ class TfdsImages:
         if not isinstance(self._features[name], kinds):
             kind = type(self._features[name]).__name__
             raise ValueError(f"{self._directory}: {name!r} is of kind {kind}; take one of {wanted}")
+
+
+def _reader(name: str, feature: Any) -> Callable[[dict], Any] | None:
+    """What takes a text, a class's name or a number from an example; None for anything else."""
+    if isinstance(feature, tfds.features.ClassLabel):
+        names = [*feature.names, ""]  # class -1 is an unknown one
+        return lambda example: names[int(example[name])]
+    if isinstance(feature, tfds.features.Text):
+        return lambda example: example[name].decode("utf-8", "replace")
+    if feature.shape == () and np.issubdtype(feature.np_dtype, np.number):
+        return lambda example: np.asarray(example[name]).item()
+    return None

@@ -14,14 +14,14 @@ import math
 import os
 import pathlib
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import av
 import numpy as np
 from av.stream import Disposition
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
-from data_pipelines import image_folder
+from data_pipelines import entries, image_folder
 
 FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,asf,gif"  # as FFmpeg calls them; mov is mp4 as well
 MOST_PIXELS = 2**25  # of a frame: a little over 8K
@@ -47,7 +47,7 @@ class Video:
     an average where it varies; height and width are those of the frames."""
 
     key: str
-    path: pathlib.Path
+    path: pathlib.Path | BinaryIO
     caption: str
     fps: float
     height: int
@@ -65,29 +65,24 @@ class Video:
         return _stack(list(itertools.islice(self.frames(fps, start), frames)), frames)
 
 
-class VideoFolder:
-    """A random-access source: `folder[i]` is a Video or raises BadVideo.
-
-    `entries` are the list's lines as dictionaries, as ImageFolder has them.
-    """
+class VideoFolder(entries.Folder):
+    """A random-access source: `folder[i]` is a Video or raises BadVideo."""
 
     def __init__(self, directory: str, list: str = "captions.jsonl"):
         """Raises ValueError for a missing directory or list, an empty one or one without `file`."""
-        self.directory = pathlib.Path(directory)
-        self.entries = image_folder.read_list(self.directory / list, "video")
-
-    def __len__(self) -> int:
-        return len(self.entries)
+        super().__init__(directory, list, "video")
 
     def __getitem__(self, index: int) -> Video:
-        entry = self.entries[index]
-        path = self.directory / entry["file"]
-        _, fps, height, width = info(path)
-        caption = entry["caption"] if "caption" in entry else ""
-        return Video(entry["file"], path, caption, fps, height, width)
+        return open_video(self.entry(index), self.file(index))
 
 
-def info(path: pathlib.Path) -> tuple[int | None, float, int, int]:
+def open_video(entry: entries.Entry, file: pathlib.Path | BinaryIO) -> Video:
+    """A record of any source as a Video, or BadVideo."""
+    _, fps, height, width = info(file)
+    return Video(entry.key, file, entry.caption, fps, height, width)
+
+
+def info(path: pathlib.Path | BinaryIO) -> tuple[int | None, float, int, int]:
     """(frames, frame rate, height, width) of a video, or BadVideo.
 
     The number of frames is what the file says, None if it does not say. Only one frame is decoded.
@@ -98,7 +93,7 @@ def info(path: pathlib.Path) -> tuple[int | None, float, int, int]:
 
 
 def read_frames(
-    path: pathlib.Path, fps: float = 0.0, start: float = 0.0, seconds: float = 0.0
+    path: pathlib.Path | BinaryIO, fps: float = 0.0, start: float = 0.0, seconds: float = 0.0
 ) -> Iterator[np.ndarray]:
     """The frames of a video as uint8 x_HWC, RGB, turned as the file says; one at a time in memory.
 
@@ -117,7 +112,8 @@ def read_frames(
             empty = False
             yield _pixels(frame)
         if empty:
-            raise BadVideo(f"{path}: no frame from {start:g} s on; start earlier")
+            name = entries.file_name(path)
+            raise BadVideo(f"{name}: no frame from {start:g} s on; start earlier")
 
 
 def random_clip(
@@ -184,13 +180,13 @@ class _Shown(NamedTuple):
 class _Video:
     """An open video: what its file says of it, and its frames in order of time."""
 
-    def __init__(self, path: pathlib.Path):
-        self._path = path
+    def __init__(self, file: pathlib.Path | BinaryIO):
+        self._file, self._name = file, entries.file_name(file)
         self._open()
         stream = self._stream
         rate = stream.average_rate or stream.guessed_rate
         if not rate:
-            raise BadVideo(f"{path}: no frame rate")
+            raise BadVideo(f"{self._name}: no frame rate")
         self.fps, self.count = float(rate), stream.frames or None
         self._origin = float((stream.start_time or 0) * stream.time_base)
         self._length = float((stream.duration or 0) * stream.time_base)
@@ -214,12 +210,16 @@ class _Video:
         shown = self._decode()
         first = next(shown, None)
         if not first:
-            raise BadVideo(f"{self._path}: no frames")
+            raise BadVideo(f"{self._name}: no frames")
         return itertools.chain([first], shown)
 
     def _open(self) -> None:
-        # "file:" so that no name is read as a protocol.
-        self._container = av.open(f"file:{self._path}", options=_OPTIONS)
+        if isinstance(self._file, pathlib.Path):
+            # "file:" so that no name is read as a protocol.
+            self._container = av.open(f"file:{self._file}", options=_OPTIONS)
+        else:
+            self._file.seek(0)
+            self._container = av.open(self._file, options=_OPTIONS)
         # The cover picture of a song is a video stream to FFmpeg.
         streams = [
             stream
@@ -227,29 +227,29 @@ class _Video:
             if not stream.disposition & Disposition.attached_pic
         ]
         if not streams:
-            raise BadVideo(f"{self._path}: no video stream")
+            raise BadVideo(f"{self._name}: no video stream")
         if not streams[0].codec_context:
-            raise BadVideo(f"{self._path}: no decoder for this video")
+            raise BadVideo(f"{self._name}: no decoder for this video")
         self._stream = streams[0]
         self._stream.thread_count = _THREADS
         self._stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
 
     def _check(self, height: int, width: int) -> None:
         if height * width > MOST_PIXELS:
-            raise BadVideo(f"{self._path}: {width}x{height} px, more than {MOST_PIXELS} pixels")
+            raise BadVideo(f"{self._name}: {width}x{height} px, more than {MOST_PIXELS} pixels")
         if problem := image_folder.size_problem(height, width):
-            raise BadVideo(f"{self._path}: {problem}")
+            raise BadVideo(f"{self._name}: {problem}")
 
     def _decode(self) -> Iterator[_Shown]:
         """All frames from where the file stands; the end of one is the start of the next."""
         size, waiting, end = None, None, 0.0
         for frame in self._container.decode(self._stream):
             if frame.time is None:
-                raise BadVideo(f"{self._path}: a frame has no time")
+                raise BadVideo(f"{self._name}: a frame has no time")
             size = size or (frame.height, frame.width)
             if (frame.height, frame.width) != size:
                 raise BadVideo(
-                    f"{self._path}: frames of {size[1]}x{size[0]} and "
+                    f"{self._name}: frames of {size[1]}x{size[0]} and "
                     f"{frame.width}x{frame.height} px"
                 )
             time = frame.time - self._origin
@@ -260,28 +260,28 @@ class _Video:
         if waiting:
             yield self._shown(*waiting, end)
         if waiting and end < self._length - LOST:
-            raise BadVideo(f"{self._path}: cut short after {end:.2f} of {self._length:.2f} s")
+            raise BadVideo(f"{self._name}: cut short after {end:.2f} of {self._length:.2f} s")
 
     def _shown(self, start: float, frame: av.VideoFrame, end: float) -> _Shown:
         if end - start > LONGEST:
-            raise BadVideo(f"{self._path}: a frame of {end - start:.0f} s, more than {LONGEST:.0f}")
+            raise BadVideo(f"{self._name}: a frame of {end - start:.0f} s, more than {LONGEST:.0f}")
         return _Shown(start, end, frame)
 
 
 @contextlib.contextmanager
-def _open(path: pathlib.Path) -> Iterator[_Video]:
+def _open(file: pathlib.Path | BinaryIO) -> Iterator[_Video]:
     """An open video; what FFmpeg finds wrong with it while it is open becomes BadVideo."""
-    video = None
+    video, name = None, entries.file_name(file)
     try:
-        video = _Video(path)
+        video = _Video(file)
         yield video
     except FileNotFoundError:
-        raise BadVideo(f"{path}: no such file") from None
+        raise BadVideo(f"{name}: no such file") from None
     except av.FFmpegError as error:
-        raise BadVideo(f"{path}: corrupt video ({error.strerror})") from error
+        raise BadVideo(f"{name}: corrupt video ({error.strerror})") from error
     except (IndexError, UnicodeDecodeError) as error:
         # PyAV's: of a stream that begins in the middle of a file; of titles that are not UTF-8.
-        raise BadVideo(f"{path}: PyAV cannot read it ({error})") from error
+        raise BadVideo(f"{name}: PyAV cannot read it ({error})") from error
     finally:
         if video:
             video.close()

@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 
-from data_pipelines import image_folder
+from data_pipelines.entries import read_list
 from emu3_jax import vocab
 
 
@@ -24,7 +24,7 @@ class TrainVocab:
         if pathlib.Path(self.path).exists():
             print(f"{self.path}: there")
             return
-        entries = image_folder.read_list(pathlib.Path(self.images) / self.list)
+        entries = read_list(pathlib.Path(self.images) / self.list)
         ranks = vocab.train_bpe([entry["caption"] for entry in entries], self.size)
         if len(ranks) < self.size:
             raise ValueError(

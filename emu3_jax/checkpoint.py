@@ -37,12 +37,12 @@ class Checkpoints:
         """The newest complete step."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state, config) -> None:
+    def save(self, step: int, state, config, rows_state: dict) -> None:
         """Starts writing; returns once the arrays are copied off the devices."""
         about = dict(
             step=step,
             config=config_lib.to_json(config),
-            data=dict(step=step),
+            data=rows_state,
             packages={name: importlib.metadata.version(name) for name in PACKAGES},
         )
         self._manager.save(
@@ -52,10 +52,10 @@ class Checkpoints:
             ),
         )
 
-    def config(self, step: int) -> dict:
-        """The configuration saved at `step`, as JSON values."""
-        about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
-        return about["about"]["config"]
+    def about(self, step: int) -> dict:
+        """What is saved at `step` beside the arrays: config, data (its state) and packages."""
+        saved = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
+        return saved["about"]
 
     def restore(self, step: int, abstract_state):
         """The state saved at `step`, laid out like `abstract_state` (on any mesh)."""

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import time
+from collections.abc import Iterable, Iterator
 
 import jax
 
@@ -17,7 +18,7 @@ class Metrics:
     """
 
     def __init__(self, run_dir: str, name: str, start: int, steps: int):
-        self._writes = jax.process_index() == 0
+        self._writes, self._waited = jax.process_index() == 0, 0.0
         if not self._writes:
             return
         import tensorboardX  # where PyTorch is installed it loads that, which takes seconds
@@ -41,13 +42,25 @@ class Metrics:
             self._file.close()
             self._board.close()
 
+    def timed(self, batches: Iterable) -> Iterator:
+        """The batches; how long the loop waits for each counts as `data_wait`."""
+        batches = iter(batches)
+        while True:
+            asked = time.time()
+            batch = next(batches, None)
+            self._waited += time.time() - asked
+            if batch is None:
+                return
+            yield batch
+
     def write(self, step: int, values: dict[str, float]) -> None:
         """Records the figures of `step`; `tokens` (per step) also gives tokens a second.
 
         `flops` and `flops_dense` (per step) give the shares `mfu` and `mfu_dense` of what all
         devices could do at their peak, where that is known (see chips.py): the FLOPs that the
         packing asks for, and those of rows that were one document each, as others count. The
-        first call only starts the clock for rates, as its step includes compilation.
+        first call only starts the clock for rates, as its step includes compilation. `data_wait` is
+        the share of the time since the call before that the loop stood still for its data.
         """
         if not self._writes:
             return
@@ -57,13 +70,14 @@ class Metrics:
             seconds_per_step = (now - self._clock) / (step - self._last)
             self._rate = seconds_per_step
             record["seconds_per_step"] = seconds_per_step
+            record["data_wait"] = self._waited / (now - self._clock)
             if "tokens" in values:
                 record["tokens_per_second"] = values["tokens"] / seconds_per_step
             if self._peak:
                 for flops, mfu in (("flops", "mfu"), ("flops_dense", "mfu_dense")):
                     if flops in values:
                         record[mfu] = values[flops] / seconds_per_step / self._peak
-        self._clock, self._last = now, step
+        self._clock, self._last, self._waited = now, step, 0.0
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         for key, value in record.items():

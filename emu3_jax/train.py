@@ -6,7 +6,6 @@ import json
 import pathlib
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,8 +13,8 @@ import optax
 from jax.experimental import serialize_executable
 from jax.sharding import AxisType
 
-from emu3_jax import checkpoint, chips, config, metrics, optim
-from emu3_jax.mesh import Mesh, apart_along_data, sharders, sharding, shards, spec
+from emu3_jax import checkpoint, chips, config, data, metrics, optim
+from emu3_jax.mesh import Mesh, apart_along_data, sharding, spec
 
 
 class Task:
@@ -79,8 +78,9 @@ class Train:
     step leaves the share `margin` of the device's memory free. `executable` is a step compiled
     elsewhere (see compile.py), `xla_cache` a directory in which XLA keeps what it compiles.
 
-    `data.rows()` is a Grain MapDataset of rows without end, each a pure function of its index;
-    step s takes rows s*batch ... s*batch + batch - 1, so the step is all the data state there is.
+    `data`, a data.Data, has rows without end, each a pure function of its index: step s takes rows
+    s*batch ... s*batch + batch - 1 (or what follows in the rows, where another batch began), which
+    `readers` threads read ahead.
     """
 
     task: Any
@@ -90,6 +90,7 @@ class Train:
     steps: int = 1000
     batch: int = 32
     accumulate: int = 1
+    readers: int = 2
     ema: float = 0.0
     optimizer: optim.AdamW = dataclasses.field(default_factory=optim.AdamW)
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
@@ -107,12 +108,14 @@ class Train:
             jax.config.update("jax_compilation_cache_dir", self.xla_cache)
         device_mesh = self.mesh.make(axis_type=self.task.axis_type)
         with jax.set_mesh(device_mesh), checkpoint.Checkpoints(self.run_dir, self.keep) as saved:
-            start = saved.latest() or 0
+            start, rows_state = saved.latest() or 0, None
             if start >= self.steps:
                 metrics.say(f"{self.run_dir}: trained ({start} steps)")
                 return
             if start:
-                self._check_same_run(saved.config(start))
+                about = saved.about(start)
+                self._check_same_run(about["config"])
+                rows_state = about["data"]
                 state = saved.restore(start, self.abstract_state(device_mesh))
                 metrics.say(f"{self.run_dir}: goes on at step {start}")
             else:
@@ -120,7 +123,7 @@ class Train:
                 if self.initial:
                     state |= initial_weights(self.task, self.initial, state)
                 self._write_config(state)
-            self._loop(start, state, device_mesh, saved)
+            self._loop(start, state, rows_state, device_mesh, saved)
 
     def make(self):
         """The compiled function from a seed to the state before the first step."""
@@ -168,27 +171,30 @@ class Train:
         weights = sum(x.size for x in jax.tree.leaves(state["params"]))
         print(f"{self.run_dir}: {weights:,} weights, {self.steps} steps of {self.batch} rows")
 
-    def _loop(self, start, state, device_mesh, saved) -> None:
+    def _loop(self, start, state, rows_state, device_mesh, saved) -> None:
         step_fn = self._ready(device_mesh)
-        rows = self.data.rows()
+        positions = None
+        if self.task.row:
+            positions = data.positions_here(device_mesh, self.data.length)
+        rows = self.data.open(self.batch, rows_state, positions)
         name = pathlib.Path(self.run_dir).name
         with metrics.Metrics(self.run_dir, name, start, self.steps) as log:
-            batches = batches_from(
-                rows, self.batch, start, self.steps, device_mesh, self.accumulate
+            batches = data.batches(
+                rows, start, self.steps, device_mesh, self.accumulate, positions, self.readers
             )
             waiting = None
-            for step, batch in zip(range(start, self.steps), batches, strict=True):
+            for step, batch in enumerate(log.timed(batches), start):
                 state, values = step_fn(state, batch, step)
                 done = step + 1
                 if waiting:  # the devices have their next step: reading the last one costs nothing
                     _report(log, *waiting)
                 saves = done % self.save_every == 0 or done == self.steps
                 shown = saves or done % self.log_every == 0 or step == start
-                waiting = (done, values) if shown else None
+                waiting = (done, values, rows.figures(done)) if shown else None
                 if saves:  # never from a step that was not finite
                     _report(log, *waiting)
                     waiting = None
-                    saved.save(done, state, self)
+                    saved.save(done, state, self, rows.state(done))
 
     def _ready(self, device_mesh):
         """`step_fn`, compiled before if that is asked for."""
@@ -247,9 +253,9 @@ def memory_limit(device, margin: float) -> float | None:
     return known.memory * 2**30 * (1 - margin) if known else None
 
 
-def _report(log: metrics.Metrics, step: int, values: dict) -> None:
+def _report(log: metrics.Metrics, step: int, values: dict, about_rows: dict) -> None:
     figures = {key: float(value) for key, value in values.items()}
-    log.write(step, figures)
+    log.write(step, figures | about_rows)
     _check_finite(step, figures)
 
 
@@ -370,49 +376,8 @@ def _in_parts(task: Task, params, variables, batch, key, count: int, total) -> t
 
 def _parts(x_B, count: int):
     """Rows in `count` parts along a new first axis, such that no row changes its device."""
-    layout = spec(_dims(x_B.ndim))
+    layout = spec(data.letters(x_B.ndim))
     return jax.shard_map(
         lambda x_B: x_B.reshape(count, -1, *x_B.shape[1:]),
         in_specs=layout, out_specs=jax.P(None, *layout), check_vma=False,
     )(x_B)  # fmt: skip
-
-
-def _dims(ndim: int) -> str:
-    """The letters of a batch's array: rows of ids have positions, images have none to shard."""
-    return "BT" if ndim == 2 else "B"
-
-
-def batches_from(
-    rows: grain.MapDataset, batch: int, start: int, stop: int, device_mesh, accumulate: int = 1
-):
-    """Batches of steps start ... stop-1 on the mesh.
-
-    Each process reads the rows that its devices need, wherever the mesh has them in a batch; of
-    rows that are cut over the devices of several processes, each of these takes its part.
-    """
-    (parts,) = shards("B")
-    if batch % (parts * accumulate):
-        often = f" in {accumulate} parts" if accumulate > 1 else ""
-        raise ValueError(
-            f"batch {batch} does not split{often} over {sharders('B')} = {parts}; "
-            f"take a multiple of {parts * accumulate}"
-        )
-    size = batch // parts
-    pieces = sharding(device_mesh, "B").addressable_devices_indices_map((batch,)).values()
-    mine = sorted({piece.indices(batch)[0] // size for (piece,) in pieces})
-    blocks = rows.batch(size)
-
-    def put(name, read):
-        shape = (batch, *read[mine[0]][name].shape[1:])
-        layout = sharding(device_mesh, _dims(len(shape)))
-        return jax.make_array_from_callback(
-            shape, layout, lambda at: read[at[0].indices(batch)[0] // size][name][:, *at[1:]]
-        )
-
-    steps = grain.MapDataset.range(start, stop).map(
-        lambda step: {part: blocks[step * parts + part] for part in mine}
-    )
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-    for read in steps.to_iter_dataset(options):
-        yield {name: put(name, read) for name in read[mine[0]]}
-

@@ -70,9 +70,9 @@ def test_video_has_a_frame_end_after_each_frame(vocab):
 
 
 def test_weights_by_role(vocab):
-    weights = documents.Weights(text=2, meta=3, codes=4, breaks=5)
+    weights = documents.Weights(text=2, prompt=9, meta=3, codes=4, breaks=5)
     ids, got = documents.build(
-        image("a", 1, 1), documents.Layout("caption_last", 0, weights), vocab
+        image("a", 1, 1), documents.Layout("caption_last", weights=weights), vocab
     )
     #                  BOS boi 1  *  1 img c EOL EOF eoi a EOS
     assert got.tolist() == [0, 3, 3, 3, 3, 3, 4, 5, 5, 3, 2, 2]
@@ -90,16 +90,17 @@ def test_lengths_are_known_without_reading(vocab, tmp_path):
     for name in ("caption_first", "caption_last"):
         layout = documents.Layout(name)
         built = [documents.build(d, layout, vocab)[0] for d in opened.read(range(42))]
-        assert documents.lengths(opened, layout, vocab).tolist() == [len(ids) for ids in built]
+        lengths_N = documents.Writer(opened, layout, vocab).lengths_N
+        assert lengths_N[:].tolist() == [len(ids) for ids in built]
     with pytest.raises(ValueError, match="has images or videos; layout 'text' is for text alone"):
-        documents.lengths(opened, documents.Layout("text"), vocab)
+        documents.Writer(opened, documents.Layout("text"), vocab)
 
 
 def test_layout_errors():
     with pytest.raises(
-        ValueError, match="layout 'chat' is none of caption_first, caption_last, te"
+        ValueError, match="layout 'image' is none of caption_first, caption_last, capt"
     ):
-        documents.Layout("chat").check()
+        documents.Layout("image").check()
     with pytest.raises(ValueError, match="caption_dropout 1.5 is no share; take 0 to 1"):
         documents.Layout("caption_first", 1.5).check()
     with pytest.raises(

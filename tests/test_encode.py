@@ -17,11 +17,26 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
+from transformers.models.emu3.image_processing_emu3 import Emu3ImageProcessor
 
 from benchmarks import tokenizer_encode
-from data_pipelines import encode, encoder, image_folder, plan, reader, store, video_folder
+from data_pipelines import (
+    documents,
+    encode,
+    encoder,
+    filters,
+    image_folder,
+    plan,
+    progress,
+    reader,
+    sources,
+    store,
+    video_folder,
+)
 from data_pipelines import parts as store_parts
+from emu3_jax import config as emu3_config
 from emu3_jax import vocab as vocabulary
+from tests import encoding
 from tokenizer import convert, pixels, vq
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -64,13 +79,15 @@ def test_batches_are_of_one_size_and_full(tmp_path):
     folder = write_list(tmp_path, [*names, "absent.png"])
     limits = plan.Sizes(min_pixels=64, max_pixels=1 << 20, factor=8)
     most = {(16, 16): 3, (16, 24): 5}
-    batches, bad = plan.make(folder, range(1, 8), limits, lambda *size: most[size])
-    assert batches == [
-        plan.Batch((1, 5), (16, 24)), plan.Batch((2, 4, 6), (16, 16)), plan.Batch((3,), None),
+    planner = plan.Planner(folder, limits, lambda *size: most[size], lambda file: [(0.0, 5.0)])
+    made = planner.plan(range(1, 8))
+    assert made.batches == [
+        plan.Batch((1, 5), (16, 24)), plan.Batch((2, 4, 6), (16, 16)),
+        plan.Batch((3,), None, 0.0, 5.0),
     ]  # fmt: skip
-    assert [str(error) for error in bad] == [f"{tmp_path / 'absent.png'}: no such file"]
+    assert [str(error) for error in made.bad] == [f"{tmp_path / 'absent.png'}: no such file"]
     most[16, 16] = 2
-    batches, _ = plan.make(folder, range(8), limits, lambda *size: most[size])
+    batches = planner.plan(range(8)).batches
     assert [batch.members for batch in batches] == [(0, 2), (1, 5), (3,), (4, 6)]
 
 
@@ -132,9 +149,81 @@ def test_what_stands_out_is_cut_only_with_aspects(tmp_path):
         sizes = plan.Sizes(256, 400, 8, aspects)
         assert sizes.target(16, 24) == size
         batch = plan.Batch((0,), size)
-        [(_, [read_HWC])] = reader.Reader(folder, sizes, 0, 0).read([batch])
+        [(_, [read_HWC])] = reader.Reader(folder, sizes, 0).read([batch])
         assert read_HWC.shape == (*size, 3)
         assert read_HWC.min() == (200 if aspects else 0)
+
+
+@pytest.mark.parametrize("side", [512, 720])
+def test_an_area_is_the_references_preparation_of_data(tmp_path, side):
+    """Resized to the area by PIL, as the published script does it, then by the processor."""
+    processor = Emu3ImageProcessor(do_rescale=False, do_normalize=False)
+    sizes = plan.Sizes(512 * 512, 1024 * 1024, 8, area=side * side)
+    for i, (height, width) in enumerate(((300, 400), (720, 720), (901, 1203), (200, 960))):
+        image = PIL.Image.fromarray(noise(i, height // 8, width // 8)).resize((width, height))
+        image.save(tmp_path / f"{i}.png")
+        scale = (side * side / (width * height)) ** 0.5
+        image = image.resize((int(round(width * scale)), int(round(height * scale))))
+        want_CHW = processor(image, return_tensors="np")["pixel_values"][0]
+        folder = write_list(tmp_path, [f"{i}.png"])
+        batches = plan.Planner(folder, sizes, lambda *size: 1).plan([0]).batches
+        assert batches == [plan.Batch((0,), want_CHW.shape[1:])]
+        [(_, [read_HWC])] = reader.Reader(folder, sizes, 0).read(batches)
+        np.testing.assert_array_equal(read_HWC, want_CHW.transpose(1, 2, 0))
+
+
+def test_an_area_is_not_a_range_of_one_area():
+    """That would round both sides down, or both up."""
+    assert plan.Sizes(512 * 512, 1024 * 1024, 8, area=720 * 720).target(901, 1203) == (624, 832)
+    assert plan.Sizes(720 * 720, 720 * 720, 8).target(901, 1203) == (616, 824)
+    with pytest.raises(ValueError, match="area 9 keeps each image's shape, aspects 3 does not; s"):
+        plan.Sizes(1, 1, 8, aspects=3, area=9).check()
+
+
+# Filters
+
+
+def test_what_filters_leave_out_is_counted_by_reason(tmp_path, capsys):
+    sizes = {"a": (40, 40), "b": (24, 40), "c": (40, 40), "d": (90, 16), "e": (40, 48)}
+    for name, size in sizes.items():
+        PIL.Image.new("RGB", size).save(tmp_path / f"{name}.png")
+    video_folder.write_video(tmp_path / "f.mp4", noise(1, 5, 16, 40), fps=10)
+    video_folder.write_video(tmp_path / "g.mp4", noise(1, 5, 40, 40), fps=10)
+    (tmp_path / "h.mp4").write_text("no video")
+    names = [f"{name}.png" for name in sizes] + ["f.mp4", "g.mp4", "h.mp4"]
+    lines = [{"file": name, "score": i, "caption": f"{name} has words"}
+             for i, name in enumerate(names)]  # fmt: skip
+    lines[2]["caption"] = "none"
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    source = sources.Images(str(tmp_path))
+    chosen = filters.Filters(
+        least_side=30, least_caption=5, columns=(filters.Column("score", most=3.0),)
+    )
+
+    def keys(name, **options):
+        found = encoding.documents(source, tmp_path / name, parts=1, fps=5.0, **options)
+        return [document[0] for document in found], store.Store(tmp_path / name).info
+
+    # d.png is too long to be used at all, but what filters leave out is not counted as bad
+    found, info = keys("chosen", filters=chosen)
+    assert found == ["a.png"] and info["skipped"] == 1
+    want = {"caption": 1, "column score": 2, "resolution": 3}
+    part = json.loads((tmp_path / "chosen/part-00000-of-00001/part.json").read_text())
+    assert part["dropped"] == want
+    said = capsys.readouterr().out
+    assert "part-00000-of-00001: 3 left out: resolution\n" in said
+    assert ": 1 documents, 1 bad skipped, 6 left out\n" in said
+    found, info = keys("all")
+    assert found == [n for n in names if n not in ("d.png", "h.mp4")] and info["skipped"] == 2
+    with pytest.raises(store.StoreError, match="this run has source"):
+        keys("all", filters=chosen)
+    lines[0]["score"] = 1
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    keys("all")  # without filters a column matters to nobody
+    with pytest.raises(store.StoreError, match="this run has source"):
+        keys("chosen", filters=chosen)
+    with pytest.raises(ValueError, match="least_side -1 is negative"):
+        keys("all", filters=filters.Filters(least_side=-1))
 
 
 # Devices
@@ -184,8 +273,8 @@ def make_lake(directory):
 
 def lake_config(directory, **options):
     settings = dict(min_pixels=64, max_pixels=400, factor=2, parts=2, fps=5.0, seconds=2.0)
-    settings |= dict(images=str(directory), directory=str(directory / "store")) | options
-    return encode.Encode(**settings)
+    places = dict(source=sources.Images(str(directory)), directory=str(directory / "store"))
+    return encode.Encode(**settings | places | options)
 
 
 def test_videos_become_documents(tmp_path, tokenizer, vocab, capsys):
@@ -220,8 +309,38 @@ def test_a_videos_own_rate_is_kept_at_fps_0(tmp_path, tokenizer, vocab):
     made = encoder.Encoder(tokenizer, 256)
     encode.encode(lake_config(tmp_path, fps=0.0, seconds=0.0), made, "t", vocab)
     opened = store.Store(tmp_path / "store")
-    videos = opened.read(np.flatnonzero(opened.kind_N == store.VIDEO))
+    documents = opened.read(range(len(opened)))
+    videos = [document for document in documents if document.kind == store.VIDEO]
     assert [(document.fps, document.frames) for document in videos] == [(10.0, 30), (10.0, 5)]
+
+
+def test_videos_by_scenes(tmp_path, capsys):
+    """Two seconds of one scene, 0.4 of another, three of a third; and a video without any."""
+    levels = [(40, 20), (120, 4), (200, 30)]
+    frames = [np.full((16, 24, 3), level, np.uint8) for level, n in levels for _ in range(n)]
+    video_folder.write_video(tmp_path / "film.mp4", frames, fps=10)
+    video_folder.write_video(tmp_path / "short.mp4", frames[:5], fps=10)
+    write_list(tmp_path, ["film.mp4", "short.mp4"])
+
+    def documents(name, **options):
+        source = sources.Videos(str(tmp_path))
+        settings = dict(parts=1, max_pixels=400, fps=5.0) | options
+        return encoding.documents(source, tmp_path / name, **settings)
+
+    found = documents("clips", clip_seconds=(1.0, 2.0))
+    starts = [float(document[0].removeprefix("film.mp4#")) for document in found]
+    assert starts == [0.0, 2.4, 3.8]
+    assert [document[1] for document in found] == ["caption of film.mp4"] * 3
+    assert [round(4 * np.mean(document[2]) / 20) for document in found] == [2, 10, 10]
+    assert [document[3:] for document in found] == [(5.0, 10), (5.0, 7), (5.0, 8)]
+    info = json.loads((tmp_path / "clips/part-00000-of-00001/part.json").read_text())
+    assert (info["dropped"], info["skipped"]) == ({"scene": 1}, 0)
+    assert "1 left out: scene\n" in capsys.readouterr().out
+    assert [document[0] for document in documents("whole")] == ["film.mp4", "short.mp4"]
+    with pytest.raises(store.StoreError, match="this run has source"):
+        documents("clips", clip_seconds=(1.0, 3.0))
+    with pytest.raises(ValueError, match="clip_seconds 2 to 1: want least and most, "):
+        documents("clips", clip_seconds=(2.0, 1.0))
 
 
 def files(directory) -> dict[str, bytes]:
@@ -277,13 +396,31 @@ def test_a_batch_is_begun_before_the_one_before_is_fetched(tmp_path, vocab):
 
 def test_progress_tells_rates_and_the_time_left(capsys, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(encode.time, "time", lambda: now[0])
-    progress = encode._Progress("store", 100)
+    monkeypatch.setattr(progress.time, "time", lambda: now[0])
+    shown = progress.Progress("store", 100)
     for now[0] in (1.0, 2.0, 8.0):
-        progress.add(10, 40960)
+        shown.add(10, 40960)
     assert capsys.readouterr().out == (
         "store  30/100 files  3.75 files/s  15,360 tokens/s  0:19 left\n"
     )
+
+
+@pytest.mark.parametrize(
+    "kind, field, value",
+    [("images", "list", ""), ("videos", "directory", "d"), ("webdataset", "shards", "d/a-*.tar"),
+     ("parquet", "files", "d"), ("tfds", "split", "train[:9]")],
+)  # fmt: skip
+def test_the_command_takes_every_source(kind, field, value):
+    flags = [f"--config.source.{field}={value}", "--config.filters.least_side=512"]
+    flags += ["--config.clip_seconds=2,4.5", "--config.area=518400", "--config.aspects=0"]
+    job = emu3_config.load([f"--config=configs/encode.py:{kind}", *flags])
+    want = {"images": "Images", "videos": "Videos", "webdataset": "WebDataset",
+            "parquet": "Parquet", "tfds": "Tfds"}[kind]  # fmt: skip
+    assert type(job.source).__name__ == want and getattr(job.source, field) == value
+    assert (job.filters, job.clip_seconds) == (filters.Filters(least_side=512), (2.0, 4.5))
+    assert emu3_config.from_json(emu3_config.to_json(job)) == job
+    with pytest.raises(ValueError, match="no source 'tar'; take one of images, videos, webd"):
+        emu3_config.load(["--config=configs/encode.py:tar"])
 
 
 # Processes
@@ -328,9 +465,9 @@ class Run:
 
     def start(self, name: str, *overrides: str, **environ: str) -> tuple:
         """A process, and the file that it prints to."""
-        settings = dict(
-            images=self.directory, tokenizer=self.directory / "tokenizer", factor=2, codes=64,
-            vocab=self.directory / "vocab.tiktoken", directory=self.directory / name, tokens=256,
+        settings = {"source.directory": self.directory} | dict(
+            tokenizer=self.directory / "tokenizer", factor=2, codes=64, tokens=256,
+            vocab=self.directory / "vocab.tiktoken", directory=self.directory / name,
             parts=self.parts, min_pixels=64, max_pixels=400, aspects=0,
         )  # fmt: skip
         flags = [f"--config.{key}={value}" for key, value in settings.items()]
@@ -415,3 +552,30 @@ def test_the_benchmark_compares_equal_codes(capsys, monkeypatch):
     speed = case["images_per_second"]
     assert case["ratio"] == pytest.approx(speed["jax"] / speed["torch"], abs=0.01)
     assert min(case["peak_gib"].values()) > 0
+
+
+def test_conversations_about_images(tmp_path, capsys):
+    """The column's conversation is stored in its pieces, ready for the layout chat; bad ones are
+    bad files."""
+    talk = [
+        {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog"},
+        {"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "Yes"},
+    ]  # fmt: skip
+    lines = [{"file": f"{i}.jpg"} for i in range(3)]
+    lines[0]["talk"], lines[1]["talk"] = talk, talk[:1]
+    for i in range(3):
+        (tmp_path / f"{i}.jpg").write_bytes(encoding.picture(i))
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    job = encode.Encode(source=sources.Images(str(tmp_path), "talks.jsonl"), conversation="talk",
+                        directory=str(tmp_path / "s"), min_pixels=64, max_pixels=1024)  # fmt: skip
+    assert encode.encode(job, encoding.FakeTokenizer(), "t" * 64, encoding.VOCAB)
+    errors = capsys.readouterr().err
+    assert "1.jpg: 1 turns: the last question has no answer" in errors
+    assert "2.jpg: no column 'talk'" in errors
+    (document,) = store.Store(str(tmp_path / "s")).read([0])
+    ends = np.cumsum(document.turns)
+    pieces = [encoding.VOCAB.decode(p) for p in np.split(document.text, ends)[:-1]]
+    assert pieces == ["You are a helpful assistant. USER: ", "What?. ASSISTANT:", " A dog",
+                      "USER: Sure?. ASSISTANT:", " Yes"]  # fmt: skip
+    ids, _ = documents.build(document, documents.Layout("chat"), encoding.VOCAB)
+    assert isinstance(encoding.VOCAB.parse(ids)[1], vocabulary.Image)

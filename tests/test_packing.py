@@ -4,6 +4,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -47,6 +48,20 @@ def world(tmp_path_factory):
 
 def component(world, name, layout="caption_first", weight=1.0, **options):
     return mixture.Component(str(world / name), documents.Layout(layout, **options), weight)
+
+
+def source(lengths_N, name="s", seed=7, **fields):
+    """Documents without captions."""
+    return packing.Source(name, lengths_N, np.zeros_like(lengths_N), seed=seed, **fields)
+
+
+def plan_of(config):
+    return mixture.PackedRows(config, 1, (0, 0), {}, None).plan
+
+
+def taken(plan, row, number):
+    """How many documents a source gave before the window of a row."""
+    return plan.cursor(row).sources[number].taken
 
 
 def config(world, *components, **options):
@@ -113,9 +128,9 @@ def test_every_document_once_an_epoch_and_whole(world):
         }
         for name, layout in (("images", "caption_first"), ("texts", "text"))
     }
-    plan = mixture.PackedRows(source).plan
+    plan = plan_of(source)
     start, image_counts, pieces = 0, collections.Counter(), collections.Counter()
-    while plan.cursor(start).taken[0] < 180 or plan.cursor(start).taken[1] < 120:
+    while taken(plan, start, 0) < 180 or taken(plan, start, 1) < 120:
         for ids, _, _ in segments(rows[start]):
             ids = tuple(ids.tolist())
             (image_counts if vocab.boi in ids else pieces)[ids] += 1
@@ -131,16 +146,15 @@ def test_every_document_once_an_epoch_and_whole(world):
 
 def test_epochs_are_exact_permutations():
     lengths_N = np.arange(20, 50)
-    source = packing.Source("s", lengths_N, np.zeros(30, int), 1.0, 0.0, False, 7)
-    plan = packing.Plan([source], 64, 5, 0, "drop")
+    plan = packing.Plan([source(lengths_N)], [packing.Stage(0, (1.0,))], 64, 5)
     counts = collections.Counter()
     for row in range(200):
         at = plan.cursor(row)
         if row == at.row:  # a new window: all documents taken before have been seen
-            epochs, rest = divmod(at.taken[0], 30)
+            epochs, rest = divmod(at.sources[0].taken, 30)
             seen = [counts[i] for i in range(30)]
             assert sum(seen) == 30 * epochs + rest and set(seen) <= {epochs, epochs + 1}
-        counts.update(slot.document[1] for slot in plan.row(row))
+        counts.update(plan.rows([row]).index_S.tolist())
     assert epochs > 5
 
 
@@ -168,16 +182,17 @@ def same(got, want):
         np.testing.assert_array_equal(got[name], want[name], err_msg=name)
 
 
-def test_planning_from_a_cursor_gives_the_same_rows(world):
-    source = all_three(world)
-    cursor = source.cursor(45)
-    assert 0 < cursor.row <= 45 and all(isinstance(n, int) for n in cursor.taken)
-    resumed = mixture.PackedRows(source, cursor)
-    rows = source.rows()
+def test_going_on_from_a_saved_state_gives_the_same_rows(world):
+    config = all_three(world)
+    opened = config.open(3)
+    state = json.loads(json.dumps(opened.state(15)))
+    assert state["row"] == 45 and 0 < state["cursor"]["row"] <= 45
+    resumed = config.open(3, state)
     for i in range(45, 80):
-        same(resumed[i], rows[i])
+        same(resumed.dataset[i], opened.dataset[i])
+    assert resumed.state(20) == opened.state(20) and resumed.figures(20) == opened.figures(20)
     with pytest.raises(IndexError, match="lies before the cursor's row"):
-        resumed[cursor.row - 1]
+        resumed.dataset[state["cursor"]["row"] - 1]
 
 
 def test_weights_are_shares_of_tokens_and_rows_are_full(world):
@@ -198,14 +213,11 @@ def test_weights_are_shares_of_tokens_and_rows_are_full(world):
 
 
 def test_every_prefix_of_the_stream_keeps_the_shares():
-    sources = [
-        packing.Source(name, np.full(1000, 11), np.zeros(1000, int), weight, 0.0, False, i)
-        for i, (name, weight) in enumerate((("a", 5.0), ("b", 3.0), ("c", 2.0)))
-    ]
-    plan = packing.Plan(sources, 100, 4, 0, "drop")
+    sources = [source(np.full(1000, 11), name=name, seed=ord(name)) for name in "abc"]
+    plan = packing.Plan(sources, [packing.Stage(0, (5.0, 3.0, 2.0))], 100, 4)
     for row in range(0, 200, 4):
-        taken = np.array(plan.cursor(row).taken)
-        assert np.abs(taken - taken.sum() * np.array([0.5, 0.3, 0.2])).max() <= 1
+        given = np.array([taken(plan, row, i) for i in range(3)])
+        assert np.abs(given - given.sum() * np.array([0.5, 0.3, 0.2])).max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -223,39 +235,38 @@ def test_every_prefix_of_the_stream_keeps_the_shares():
 )
 def test_fill_rate(lengths, length, window, least):
     lengths_N = lengths(np.random.default_rng(0))
-    source = packing.Source("s", lengths_N, np.zeros(5000, int), 1.0, 0.0, False, 7)
-    assert packing.Plan([source], length, window, 0, "drop").report(600)["fill"] > least
+    plan = packing.Plan([source(lengths_N)], [packing.Stage(0, (1.0,))], length, window)
+    assert plan.report(600)["fill"] > least
 
 
 def test_best_fit_is_as_good_as_the_rule_says():
     rng = np.random.default_rng(0)
-    slots = [packing.Slot((0, i, False), 0, int(n)) for i, n in enumerate(rng.integers(1, 65, 300))]
-    rows = packing._best_fit(slots, 64)
-    assert sorted(s.document for row in rows for s in row) == [s.document for s in slots]
-    used = [sum(s.count for s in row) for row in rows]
+    count_S = rng.integers(1, 65, 300)
+    used = np.bincount(packing._best_fit(count_S, 64), count_S)
     assert max(used) <= 64
     brute = []  # the same rule without the index
-    for slot in sorted(slots, key=lambda s: -s.count):
-        fitting = [row for row in brute if sum(row) + slot.count <= 64]
+    for count in sorted(count_S, reverse=True):
+        fitting = [row for row in brute if sum(row) + count <= 64]
         if fitting:
-            max(fitting, key=sum).append(slot.count)
+            max(fitting, key=sum).append(count)
         else:
-            brute.append([slot.count])
+            brute.append([count])
     assert sorted(used) == sorted(map(sum, brute))
 
 
 def test_caption_dropout_is_drawn_anew_each_epoch_and_reproducibly(world):
     source = config(world, component(world, "images", caption_dropout=0.4))
     vocab = vocabulary.Vocab.load(world / "vocab.tiktoken", codes=64)
-    rows = source.rows()
-    plan = mixture.PackedRows(source).plan
+    rows, plan = source.rows(), plan_of(source)
     dropped, row = collections.Counter(), 0
-    while plan.cursor(row).taken[0] < 60 * 20:
-        dropped.update(slot.document[1] for slot in plan.row(row) if slot.document[2])
-        for ids, _, _ in segments(rows[row]):
+    while taken(plan, row, 0) < 60 * 20:
+        slots = plan.rows([row])
+        for (ids, _, _), index in zip(segments(rows[row]), slots.index_S.tolist(), strict=True):
             assert ids[0] == vocab.bos
+            if ids[1] == vocab.boi:
+                dropped[index] += 1
         row += 1
-    np.testing.assert_allclose(sum(dropped.values()) / plan.cursor(row).taken[0], 0.4, atol=0.06)
+    np.testing.assert_allclose(sum(dropped.values()) / taken(plan, row, 0), 0.4, atol=0.06)
     assert len(dropped) > 55 and max(dropped.values()) < 19
 
 
@@ -279,7 +290,7 @@ def test_errors_name_the_setting(world):
         config(world).rows()
     with pytest.raises(ValueError, match="has weight 0.0; give it a positive one or leave it out"):
         config(world, component(world, "images", weight=0.0)).rows()
-    with pytest.raises(ValueError, match="too_long 'cut' is neither 'drop' nor 'error'"):
+    with pytest.raises(ValueError, match="too_long 'cut' is none of drop, truncate, error"):
         config(world, component(world, "images"), too_long="cut").rows()
     with pytest.raises(ValueError, match="has 40 texts without image; take layout 'text' for them"):
         config(world, component(world, "texts")).rows()

@@ -134,7 +134,7 @@ def assert_same(run_dir: pathlib.Path, alone: pathlib.Path) -> None:
     """The same figures at the same steps, each step once."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, STEPS + 1))
-    times = {"seconds_per_step", "tokens_per_second"}
+    times = {"seconds_per_step", "tokens_per_second", "data_wait"}
     for got, want in zip(metrics.read(run_dir), metrics.read(alone), strict=True):
         assert got.keys() - times == want.keys() - times >= {"loss", "gradient_norm", "tokens"}
         for key in want.keys() - times:

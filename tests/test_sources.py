@@ -9,8 +9,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from data_pipelines import encode, image_folder, openmoji, store
+from data_pipelines import encode, entries, image_folder, openmoji, sources, store
 from emu3_jax import vocab as vocabulary
+from tests import encoding
 
 
 def save(path, size=(16, 16), color=(10, 200, 30), mode="RGB"):
@@ -122,24 +123,6 @@ def test_augmentation_mirrors_and_moves(tmp_path):
     assert set(seen) == set(places) and max(seen.values()) < 30
 
 
-class FakeTokenizer:
-    """Codes are the mean red of each 8x8 block, over 4; remembers the shapes it saw."""
-
-    def __init__(self):
-        self.shapes = []
-
-    def batch(self, height, width):
-        assert height % 8 == width % 8 == 0
-        return 4
-
-    def images(self, x_BHWC):
-        self.shapes.append(x_BHWC.shape)
-        batch, height, width, _ = x_BHWC.shape
-        assert x_BHWC.dtype == np.uint8 and batch <= 4
-        blocks = x_BHWC[..., 0].reshape(batch, 1, height // 8, 8, width // 8, 8)
-        return lambda: np.round(blocks.mean((3, 5)) / 4).astype(np.int32)
-
-
 @pytest.fixture
 def vocab():
     return vocabulary.Vocab({bytes([i]): i for i in range(256)}, codes=64)
@@ -147,11 +130,12 @@ def vocab():
 
 def encode_config(folder, **options):
     settings = {"min_pixels": 64, "max_pixels": 400, "parts": 2} | options
-    return encode.Encode(images=str(folder), directory=str(folder / "store"), **settings)
+    places = {"source": sources.Images(str(folder)), "directory": str(folder / "store")}
+    return encode.Encode(**places | settings)
 
 
 def test_encoding_fills_a_store(folder, vocab, capsys):
-    tokenizer = FakeTokenizer()
+    tokenizer = encoding.FakeTokenizer()
     assert encode.encode(encode_config(folder, licence="CC0"), tokenizer, "t" * 64, vocab)
     counts = {n: [shape[0] for shape in tokenizer.shapes if shape[2] == n] for n in (16, 24)}
     assert counts == {16: [3, 4, 1], 24: [2, 2]}
@@ -168,13 +152,13 @@ def test_encoding_fills_a_store(folder, vocab, capsys):
 
 def test_encoding_goes_on_with_the_missing_part(folder, vocab, capsys):
     first, second = (encode_config(folder, worker=w, workers=2) for w in (0, 1))
-    assert not encode.encode(first, FakeTokenizer(), "t", vocab)
+    assert not encode.encode(first, encoding.FakeTokenizer(), "t", vocab)
     with pytest.raises(store.StoreError, match="is incomplete"):
         store.Store(str(folder / "store"))
     half_written = store.part_path(folder / "store", 1, 2)
     half_written.mkdir()
     (half_written / "codes").write_text("rubbish")
-    tokenizer = FakeTokenizer()
+    tokenizer = encoding.FakeTokenizer()
     encode.encode(first, tokenizer, "t", vocab)
     assert not tokenizer.shapes
     assert encode.encode(encode_config(folder), tokenizer, "t", vocab)
@@ -186,32 +170,76 @@ def test_encoding_goes_on_with_the_missing_part(folder, vocab, capsys):
 
 
 def test_encoding_refuses_another_tokenizer_list_or_too_many_bad(folder, vocab):
-    encode.encode(encode_config(folder), FakeTokenizer(), "t" * 64, vocab)
+    encode.encode(encode_config(folder), encoding.FakeTokenizer(), "t" * 64, vocab)
     with pytest.raises(
         store.StoreError, match="with tokenizer tttttttttttt, this run has tokenizer"
     ):
-        encode.encode(encode_config(folder), FakeTokenizer(), "u" * 64, vocab)
+        encode.encode(encode_config(folder), encoding.FakeTokenizer(), "u" * 64, vocab)
     with pytest.raises(store.StoreError, match="with source [0-9a-f]{12}, this run has source"):
-        encode.encode(encode_config(folder, max_pixels=300), FakeTokenizer(), "t" * 64, vocab)
+        encode.encode(
+            encode_config(folder, max_pixels=300), encoding.FakeTokenizer(), "t" * 64, vocab
+        )
     with pytest.raises(
         store.StoreError, match="with dtype float32, this run has dtype bfloat16; use that dtype, r"
     ):
-        encode.encode(encode_config(folder, dtype="bfloat16"), FakeTokenizer(), "t" * 64, vocab)
+        encode.encode(
+            encode_config(folder, dtype="bfloat16"), encoding.FakeTokenizer(), "t" * 64, vocab
+        )
     strict = encode_config(folder, max_bad=1)
     strict.directory = str(folder / "other")
     with pytest.raises(ValueError, match="more than max_bad = 1 bad files, the last: .*long.png"):
-        encode.encode(strict, FakeTokenizer(), "t" * 64, vocab)
+        encode.encode(strict, encoding.FakeTokenizer(), "t" * 64, vocab)
     few = vocabulary.Vocab({bytes([i]): i for i in range(256)}, codes=9)
     with pytest.raises(
         ValueError, match="good3.png: code 15 does not fit a vocabulary of 9 codes; set co"
     ):
-        encode.encode(dataclasses.replace(strict, max_bad=9), FakeTokenizer(), "t" * 64, few)
+        encode.encode(
+            dataclasses.replace(strict, max_bad=9), encoding.FakeTokenizer(), "t" * 64, few
+        )
     with pytest.raises(ValueError, match="17 parts for 16 files; take 1 to 16"):
-        encode.encode(encode_config(folder, parts=17), FakeTokenizer(), "t" * 64, vocab)
+        encode.encode(encode_config(folder, parts=17), encoding.FakeTokenizer(), "t" * 64, vocab)
     for worker, workers in ((2, 2), (1, 0), (-1, 2)):
         third = encode_config(folder, worker=worker, workers=workers)
         with pytest.raises(ValueError, match=f"worker {worker} of workers {workers}; they are cou"):
-            encode.encode(third, FakeTokenizer(), "t" * 64, vocab)
+            encode.encode(third, encoding.FakeTokenizer(), "t" * 64, vocab)
+
+
+def test_a_directory_without_a_list(tmp_path):
+    """Every image below, in the order of names, with the captions that are there."""
+    names = ["b/c.d.webp", "b/a.JPEG", "a.png", "é.jpg", "b.jpg"]
+    encoding.folder(tmp_path / "tree", names)
+    for other in ("notes.txt", "b/d.gif", ".hidden.jpg"):
+        (tmp_path / "tree" / other).write_text("x")
+    images = sources.Images(str(tmp_path / "tree"), "").open()
+    keys = ["a.png", "b.jpg", "b/a.JPEG", "b/c.d.webp", "é.jpg"]
+    captions = [encoding.CAPTIONS[names.index(key)] for key in keys]
+    assert [images.entry(i) for i in range(5)] == [
+        entries.Entry(key, caption, {}) for key, caption in zip(keys, captions, strict=True)
+    ]
+    assert [(images[i].key, images[i].caption) for i in range(5)] == list(
+        zip(keys, captions, strict=True)
+    )
+    lines = [json.dumps({"file": k, "caption": c}) for k, c in zip(keys, captions, strict=True)]
+    (tmp_path / "tree/list.jsonl").write_text("\n".join(lines))
+    found, want = (
+        encoding.documents(sources.Images(str(tmp_path / "tree"), name), tmp_path / f"to{name}")
+        for name in ("", "list.jsonl")
+    )
+    assert found == want and len(want) == 5
+    with pytest.raises(ValueError, match="absent is no directory; give the one that holds the im"):
+        sources.Images(str(tmp_path / "absent"), "").open()
+    with pytest.raises(ValueError, match=r"tree holds no videos \(.mp4 .m4v"):
+        sources.Videos(str(tmp_path / "tree"), "").open()
+
+
+def test_other_columns_of_a_list_are_an_entrys(tmp_path):
+    save(tmp_path / "a.png")
+    (tmp_path / "l.csv").write_text("file,caption,score,site\na.png,one,5.5,x\n")
+    entry = sources.Images(str(tmp_path), "l.csv").open().entry(0)
+    assert entry == entries.Entry("a.png", "one", {"score": "5.5", "site": "x"})
+    (tmp_path / "l.jsonl").write_text('{"score": 5.5, "file": "a.png"}')
+    entry = sources.Images(str(tmp_path), "l.jsonl").open().entry(0)
+    assert entry == entries.Entry("a.png", "", {"score": 5.5})
 
 
 @pytest.fixture(scope="module")
@@ -228,11 +256,11 @@ def emoji_lists(tmp_path_factory):
     job.run()
     patch.undo()
     names = ("captions", "tokenizer_heldout", "tokenizer_train", "heldout_skin_tone", "train")
-    return job, {name: image_folder.read_list(path / f"{name}.jsonl") for name in names}
+    return job, {name: entries.read_list(path / f"{name}.jsonl") for name in names}
 
 
-def files(entries):
-    return {entry["file"] for entry in entries}
+def files(lines):
+    return {entry["file"] for entry in lines}
 
 
 def test_openmoji_splits_are_disjoint_and_by_subject(emoji_lists):

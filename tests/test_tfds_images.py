@@ -11,7 +11,8 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_generated_pb2 as examples
 
-from data_pipelines import image_folder, tfds_images
+from data_pipelines import image_folder, sources, tfds_images
+from tests import encoding
 
 COUNT = 5
 
@@ -32,6 +33,9 @@ def directory(tmp_path_factory):
         "image": tfds.features.Image(shape=(None, None, 3)),
         "label": tfds.features.ClassLabel(names=["cat", "dog"]),
         "text": tfds.features.Text(),
+        "score": tfds.features.Scalar(np.float32),
+        "mask": tfds.features.Image(shape=(None, None, 1)),
+        "words": tfds.features.Sequence(tfds.features.Text()),
     }
     tfds.features.FeaturesDict(features).save_config(path)
     file = str(path / "tiny-train.array_record-00000-of-00001")
@@ -42,6 +46,9 @@ def directory(tmp_path_factory):
         feature["image"].bytes_list.value.append(picture(i))
         feature["label"].int64_list.value.append(i % 2)
         feature["text"].bytes_list.value.append(f"text {i}".encode())
+        feature["score"].float_list.value.append(i / 2)
+        feature["mask"].bytes_list.value.append(b"never decoded")
+        feature["words"].bytes_list.value.extend([b"one", b"two"])
         writer.write(example.SerializeToString())
     writer.close()
     split = {
@@ -96,7 +103,9 @@ def test_what_cannot_be_read_says_why(directory, tmp_path):
     assert "is no TFDS data set; give the directory that" in message(str(tmp_path), "train")
     assert "Unknown split 'test'. Should be one of ['train']" in message(place, "test")
     absent = message(place, "train", image="picture")
-    assert absent.endswith("has no feature 'picture'; it has image, label, text")
+    assert absent.endswith(
+        "has no feature 'picture'; it has image, label, mask, score, text, words"
+    )
     wrong = message(place, "train", caption="image")
     assert wrong.endswith("'image' is of kind Image; take one of Text or ClassLabel")
     other = tmp_path / "tiny" / "1.0.0"
@@ -104,3 +113,28 @@ def test_what_cannot_be_read_says_why(directory, tmp_path):
     (other / "features.json").write_text((directory / "features.json").read_text())
     write_info(other, {"fileFormat": "tfrecord"})
     assert "is in tfrecord files; prepare it with file_format=" in message(str(other), "train")
+
+
+def test_entries_and_files_come_without_decoding(directory, monkeypatch):
+    monkeypatch.setattr(PIL.Image, "open", None)
+    images = sources.Tfds(str(directory), "train", caption="text").open()
+    assert [images.entry(i) for i in range(2)] == [
+        sources.Entry("train/0", "text 0", {"label": "cat", "score": 0.0}),
+        sources.Entry("train/1", "text 1", {"label": "dog", "score": 0.5}),
+    ]
+    assert images.file(1).read() == picture(1)
+    assert images.file(1).name == f"{directory}: train/1"
+    by_class = sources.Tfds(str(directory), "train", caption="label").open()
+    assert by_class.entry(1) == sources.Entry("train/1", "dog", {"text": "text 1", "score": 0.5})
+
+
+def test_a_store_of_a_data_set_is_that_of_the_files_in_a_folder(directory, tmp_path, capsys):
+    for i in range(COUNT):
+        (tmp_path / f"{i}.png").write_bytes(picture(i))
+        (tmp_path / f"{i}.txt").write_text(f"text {i}")
+    want = encoding.documents(sources.Images(str(tmp_path), ""), tmp_path / "want")
+    tfds_train = sources.Tfds(str(directory), "train", caption="text")
+    found = encoding.documents(tfds_train, tmp_path / "found")
+    assert [d[1:] for d in found] == [d[1:] for d in want] and len(want) == COUNT - 1
+    assert [d[0] for d in found] == [f"train/{i}" for i in range(COUNT - 1)]
+    assert f"skipped: {directory}: train/4: 4x16 px, smaller than 8 px" in capsys.readouterr().err

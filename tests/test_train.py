@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from emu3_jax import checkpoint, config, hlo, mesh, metrics, optim, params, train
+from emu3_jax import checkpoint, config, data, hlo, mesh, metrics, optim, params, train
 from tests import toy
 from tokenizer import vq
 from tokenizer.train import TokenizerTask
@@ -73,7 +73,7 @@ def resumed(interrupted: pathlib.Path, run_dir: pathlib.Path, **fields) -> pathl
 
 def figures(run_dir) -> list[dict[str, float]]:
     """What metrics.jsonl says, without the times."""
-    times = ("seconds_per_step", "tokens_per_second")
+    times = ("seconds_per_step", "tokens_per_second", "data_wait")
     return [{k: v for k, v in r.items() if k not in times} for r in metrics.read(run_dir)]
 
 
@@ -131,7 +131,8 @@ def test_what_a_run_leaves(finished, interrupted):
     asked = config.to_json(job(finished))
     assert json.loads((finished / "config.json").read_text()) == asked
     about = json.loads((finished / "checkpoints/20/about/metadata").read_text())
-    assert about["step"] == 20 and about["data"] == {"step": 20} and about["config"] == asked
+    assert about["step"] == 20 and about["config"] == asked
+    assert about["data"] == dict(step=20, row=160, batch=8, origin=[0, 0])
     assert about["packages"]["jax"] == jax.__version__
     assert list(finished.glob("events.out.tfevents.*"))
 
@@ -204,10 +205,10 @@ def test_a_batch_that_does_not_split(tmp_path):
 
 def test_step_s_takes_rows_s_times_batch():
     """From any start, laid out over the mesh."""
-    rows = toy.Counting().rows()
-    device_mesh = mesh.Mesh(data=2, fsdp=2, context=2).make()
+    opened = toy.Counting().open(4)
+    rows, device_mesh = opened.dataset, mesh.Mesh(data=2, fsdp=2, context=2).make()
     with jax.set_mesh(device_mesh):
-        batches = list(train.batches_from(rows, 4, 3, 6, device_mesh))
+        batches = list(data.batches(opened, 3, 6, device_mesh))
     assert len(batches) == 3
     for step, batch in enumerate(batches, start=3):
         want = toy.stack([rows[step * 4 + i] for i in range(4)])
@@ -252,7 +253,7 @@ def two_steps(device_mesh, model, **fields) -> tuple[dict, dict]:
     run = train.Train(model, toy.Counting(), batch=8, steps=10, **fields)
     with jax.set_mesh(device_mesh):
         state, step_fn = run.make()(run.seed), run.step_fn()
-        batches = train.batches_from(run.data.rows(), 8, 0, 2, device_mesh, run.accumulate)
+        batches = data.batches(run.data.open(8), 0, 2, device_mesh, run.accumulate)
         for step, batch in enumerate(batches):
             state, values = step_fn(state, batch, step)
     return jax.tree.map(np.asarray, (state, values))

@@ -6,6 +6,7 @@ is read tells which it was.
 
 import collections
 import fractions
+import io
 import itertools
 import json
 import re
@@ -143,6 +144,22 @@ def test_other_files_resample_and_seek_as_well(tmp_path, name, codec):
     assert [read(path, 10, k / 10, 0.3) for k in range(27)] == [
         [k, k + 1, k + 2] for k in range(27)
     ]
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts"])
+def test_open_files_are_read_as_files_by_name(tmp_path, name):
+    """Once and again, also where seeking opens it anew; errors call it by its name."""
+    write_stream(tmp_path / name, range(0, 3000, 100))
+    with open(tmp_path / name, "rb") as file:
+        assert video_folder.info(file) == video_folder.info(tmp_path / name)
+        for start in (0.0, 1.45, 0.0):
+            assert read(file, 5, start) == read(tmp_path / name, 5, start)
+        with pytest.raises(video_folder.BadVideo, match=f"/{name}: no frame from 40 s on"):
+            read(file, 5, 40)
+    junk = io.BytesIO(b"junk" * 99)
+    junk.name = "a.tar/junk.mp4"
+    with pytest.raises(video_folder.BadVideo, match="^a.tar/junk.mp4: corrupt video"):
+        read(junk)
 
 
 def test_frames_are_turned_as_the_file_says(tmp_path):

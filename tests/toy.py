@@ -9,6 +9,7 @@ import sys
 import grain
 import numpy as np
 
+from emu3_jax import data
 from emu3_jax.transformer import Transformer
 
 VOCAB, FIRST_VISUAL, PAD = 48, 32, 0
@@ -42,7 +43,7 @@ def stack(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 @dataclasses.dataclass
-class Counting:
+class Counting(data.Data):
     """Data: documents that count upwards in steps of 1 to 3, packed, with padding behind.
 
     The weights of row `poison` are infinite: its loss is not a number.

@@ -69,7 +69,7 @@ def evaluation(about: dict, results: dict[str, tally.Result], meaning: dict[str,
         f"<h1>Reconstruction</h1><p>Tokenizer <code>{tokenizer}</code>, {about['codebook_size']:,} "
         f"codes; sha256 of its weights <code>{fingerprint[:16]}</code></p>",
         "<h2>Figures</h2>", _figures(about["figures"], meaning),
-        "<h2>Use of the codes</h2>", plot(_ranks(counts), "use of the codes"),
+        "<h2>Use of the codes</h2>", plot(ranks(counts), "use of the codes"),
         "<p class=said>How often each code was chosen, most frequent first; dashed: all codes "
         "alike.</p>",
     ]  # fmt: skip
@@ -98,7 +98,7 @@ def _number(value: float | None) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def _ranks(counts: dict[str, np.ndarray]) -> matplotlib.figure.Figure:
+def ranks(counts: dict[str, np.ndarray]) -> matplotlib.figure.Figure:
     """Histograms of codes, sorted: the n-th most frequent code and how often it was chosen."""
     figure, axes = plt.subplots(figsize=(9, 3.5), layout="constrained")
     for name, count_K in counts.items():
