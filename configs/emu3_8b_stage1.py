@@ -46,14 +46,16 @@ def decoder(size: str, **fields) -> Transformer:
 
 def stage1(size: str, batch: int, steps: int) -> Train:
     """Text and images in rows of 5,120."""
-    images = "stores/images"
     return Train(
         task=decoder(size),
         data=Mixture(
             components=(
                 Component("stores/text", Layout("text"), weight=0.2),
-                Component(images, Layout("caption_first", caption_dropout=0.1), weight=0.6),
-                Component(images, Layout("caption_last"), weight=0.2),
+                Component(
+                    "stores/images",
+                    Layout("caption_either", caption_dropout=0.1, last_share=0.25),
+                    weight=0.8,
+                ),
             ),
             length=5120,
         ),

@@ -23,8 +23,11 @@ def get_config() -> Train:
             components=(
                 Component("stores/text", Layout("text"), weight=0.2),
                 Component("stores/images", Layout("caption_first", caption_dropout=0.1), 0.3),
-                Component("stores/videos", Layout("caption_first", caption_dropout=0.1), 0.4),
-                Component("stores/videos", Layout("caption_last"), weight=0.1),
+                Component(
+                    "stores/videos",
+                    Layout("caption_either", caption_dropout=0.1, last_share=0.2),
+                    weight=0.5,
+                ),
             ),
             length=131_072,
         ),

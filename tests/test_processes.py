@@ -15,7 +15,9 @@ import jax
 import numpy as np
 import pytest
 
+from data_pipelines import documents, mixture, parts, store
 from emu3_jax import launch, mesh, metrics, optim, train
+from emu3_jax import vocab as vocabulary
 from tests import toy
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -24,8 +26,10 @@ CONFIG = """
 from tests import test_processes
 
 def get_config(mesh="Mesh"):
-    return test_processes.job(mesh)
+    return test_processes.job(mesh, {root!r})
 """
+RANKS = {bytes([i]): i for i in range(256)}
+VOCAB = vocabulary.Vocab(RANKS, codes=16)
 
 
 @dataclasses.dataclass
@@ -38,12 +42,17 @@ class Apart(mesh.Mesh):
         return super().make([*devices[::2], *devices[1::2]], **fields)
 
 
-def job(kind: str) -> train.Train:
-    """Four steps of the tiny decoder with dropout over eight devices."""
+def job(kind: str, root: str) -> train.Train:
+    """Four steps of the tiny decoder with dropout over eight devices, on a mixture of stores."""
+    components = (
+        mixture.Component(f"{root}/images", documents.Layout("caption_either", 0.2)),
+        mixture.Component(f"{root}/texts", documents.Layout("text")),
+    )
     return train.Train(
         # one layer and one tile: few collectives, each of which takes 20 ms between processes
-        task=toy.model(dropout=0.1, layers=1, loss_tile=toy.VOCAB),
-        data=toy.Counting(),
+        task=toy.model(dropout=0.1, layers=1, vocab=VOCAB.size, first_visual=VOCAB.visual,
+                       loss_tile=VOCAB.size),
+        data=mixture.Mixture(components, f"{root}/ranks", codes=16, length=32, window=3),
         steps=STEPS,
         batch=8,
         optimizer=optim.AdamW(rate=0.02, warmup=4),
@@ -51,15 +60,32 @@ def job(kind: str) -> train.Train:
         seed=3,
         log_every=1,
         save_every=SAVE_EVERY,
-    )
+    )  # fmt: skip
+
+
+def write_stores(root: pathlib.Path) -> None:
+    """Two parts of images with captions, and as many of texts."""
+    rng = np.random.default_rng(0)
+    vocabulary.save_ranks(RANKS, root / "ranks")
+    for name, tokenizer in (("images", "t"), ("texts", "")):
+        for part in range(2):
+            stored = []
+            for i in range(20):
+                text = rng.integers(0, 256, rng.integers(1, 9)).astype(np.uint32)
+                codes = rng.integers(0, 16, (1, *rng.integers(1, 4, 2))).astype(np.uint16)
+                stored.append(store.Document(str(i), text, codes if tokenizer else None))
+            made = store.Fingerprints(VOCAB.fingerprint, tokenizer)
+            parts.write(store.part_path(root / name, part, 2), stored, made)
+        store.finish(root / name, 2, "", "")
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory) -> str:
     """The config file that all processes read."""
-    path = tmp_path_factory.mktemp("configs") / "job.py"
-    path.write_text(CONFIG)
-    return str(path)
+    root = tmp_path_factory.mktemp("configs")
+    write_stores(root)
+    (root / "job.py").write_text(CONFIG.format(root=str(root)))
+    return str(root / "job.py")
 
 
 def run(file: str, processes: int, run_dir: pathlib.Path, *overrides: str) -> list[tuple]:
@@ -147,7 +173,7 @@ def test_two_processes_are_as_one(two, alone):
     assert_same(run_dir, alone)
     steps = [f"{step}/{STEPS}" for step in range(1, STEPS + 1)]
     assert re.findall(r"step (\d/\d)  loss", said) == steps
-    assert said.count(f"{run_dir}: 4,272 weights, {STEPS} steps of 8 rows\n") == 1
+    assert said.count(f"{run_dir}: 18,192 weights, {STEPS} steps of 8 rows\n") == 1
     left = sorted(path.name.partition(".out.")[0] for path in run_dir.iterdir())
     assert left == ["checkpoints", "config.json", "events", "metrics.jsonl"]
     saved = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
