@@ -112,7 +112,7 @@ class MixtureRows(data.Rows):
         self, config: Mixture, batch: int, state: dict | None, positions: data.Positions | None
     ):
         self._eras = _eras(config, batch, state, positions)
-        super().__init__(grain.MapDataset.source(_Single(self)), batch, state)
+        super().__init__(grain.MapDataset.source(_Single(self)), batch, state, positions)
 
     def block(self, first: int, count: int) -> dict[str, np.ndarray]:
         """Rows first ... first + count - 1, [B, T]: all documents of a store in one read."""

@@ -26,11 +26,15 @@ class Rows:
     """Opened data: `dataset` has rows without end, each a pure function of its index.
 
     Steps take `batch` rows each from `origin`, a step and its first row: 0 and 0, or where the
-    batch last changed.
+    batch last changed. `positions` are those that the rows hold, if not all.
     """
 
-    def __init__(self, dataset: grain.MapDataset, batch: int, state: dict | None = None):
+    def __init__(
+        self, dataset: grain.MapDataset, batch: int, state: dict | None = None,
+        positions: Positions | None = None,
+    ):  # fmt: skip
         self.dataset, self.batch, self.origin = dataset, batch, origin(batch, state)
+        self.positions = positions
 
     def row(self, step: int) -> int:
         """The first row of a step."""
@@ -75,8 +79,8 @@ class Data:
     ) -> Rows:
         """The rows for steps of `batch` of them, from a saved state on.
 
-        Where `positions` are given, no others need be read. Raises ValueError for data that cannot
-        be used, or not from this state on.
+        Where `positions` are given, the rows may hold no others. Raises ValueError for data that
+        cannot be used, or not from this state on.
         """
         return Rows(self.rows(), batch, state)
 
@@ -91,15 +95,13 @@ def positions_here(device_mesh, length: int) -> Positions | None:
 
 
 def batches(
-    rows: Rows, start: int, stop: int, device_mesh, accumulate: int = 1,
-    positions: Positions | None = None, readers: int = 2,
-) -> Iterator[dict[str, jax.Array]]:  # fmt: skip
+    rows: Rows, start: int, stop: int, device_mesh, accumulate: int = 1, readers: int = 2
+) -> Iterator[dict[str, jax.Array]]:
     """Batches of steps start ... stop-1 on the mesh, read ahead by `readers` threads.
 
     Each process reads the rows that its devices need, wherever the mesh has them in a batch; of
-    rows that are cut over the devices of several processes, each of these takes its part (if
-    `rows` hold no more than `positions`, of those). Raises ValueError for a batch that does not
-    split.
+    rows that are cut over the devices of several processes, each of these takes its part. Raises
+    ValueError for a batch that does not split.
     """
     (parts,), batch = shards("B"), rows.batch
     if batch % (parts * accumulate):
@@ -113,10 +115,9 @@ def batches(
     mine = sorted({piece.indices(batch)[0] // size for (piece,) in pieces})
 
     def put(name, read):
-        shape = (batch, *read[mine[0]][name].shape[1:])
-        if positions:
-            shape = (batch, positions.length)
-        low = positions.low if positions else 0
+        shape, low = (batch, *read[mine[0]][name].shape[1:]), 0
+        if rows.positions:
+            shape, low = (batch, rows.positions.length), rows.positions.low
 
         def piece(at):
             found = read[at[0].indices(batch)[0] // size][name]

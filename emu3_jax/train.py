@@ -108,22 +108,23 @@ class Train:
             jax.config.update("jax_compilation_cache_dir", self.xla_cache)
         device_mesh = self.mesh.make(axis_type=self.task.axis_type)
         with jax.set_mesh(device_mesh), checkpoint.Checkpoints(self.run_dir, self.keep) as saved:
-            start, rows_state = saved.latest() or 0, None
+            start = saved.latest() or 0
             if start >= self.steps:
                 metrics.say(f"{self.run_dir}: trained ({start} steps)")
                 return
             if start:
                 about = saved.about(start)
                 self._check_same_run(about["config"])
-                rows_state = about["data"]
+                rows = self._open_data(device_mesh, about["data"])
                 state = saved.restore(start, self.abstract_state(device_mesh))
                 metrics.say(f"{self.run_dir}: goes on at step {start}")
             else:
+                rows = self._open_data(device_mesh)
                 state = self.make()(self.seed)
                 if self.initial:
                     state |= initial_weights(self.task, self.initial, state)
                 self._write_config(state)
-            self._loop(start, state, rows_state, device_mesh, saved)
+            self._loop(start, state, rows, device_mesh, saved)
 
     def make(self):
         """The compiled function from a seed to the state before the first step."""
@@ -171,16 +172,18 @@ class Train:
         weights = sum(x.size for x in jax.tree.leaves(state["params"]))
         print(f"{self.run_dir}: {weights:,} weights, {self.steps} steps of {self.batch} rows")
 
-    def _loop(self, start, state, rows_state, device_mesh, saved) -> None:
+    def _open_data(self, device_mesh, state: dict | None = None) -> data.Rows:
+        """The rows, of packed ones those positions that this process needs."""
+        packed = bool(self.task.row)
+        positions = data.positions_here(device_mesh, self.data.length) if packed else None
+        return self.data.open(self.batch, state, positions)
+
+    def _loop(self, start, state, rows, device_mesh, saved) -> None:
         step_fn = self._ready(device_mesh)
-        positions = None
-        if self.task.row:
-            positions = data.positions_here(device_mesh, self.data.length)
-        rows = self.data.open(self.batch, rows_state, positions)
         name = pathlib.Path(self.run_dir).name
         with metrics.Metrics(self.run_dir, name, start, self.steps) as log:
             batches = data.batches(
-                rows, start, self.steps, device_mesh, self.accumulate, positions, self.readers
+                rows, start, self.steps, device_mesh, self.accumulate, self.readers
             )
             waiting = None
             for step, batch in enumerate(log.timed(batches), start):
