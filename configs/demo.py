@@ -115,5 +115,5 @@ def stage_of(demo: Demo, stage: str):
 
 def get_config(stage: str = ""):
     """The fifteen-minute demo: 200 people in their skin tones."""
-    job = build("runs/demo", ("people",), 200, tokenizer_steps=2400, decoder_steps=1000)
+    job = build("runs/demo", ("people",), 200, tokenizer_steps=2400, decoder_steps=920)
     return stage_of(job, stage)

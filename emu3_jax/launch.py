@@ -2,7 +2,8 @@
 
 A config file returns a job, a dataclass with `run()`. Training the tokenizer, encoding, training
 the decoder, generating, converting: each is a job, started the same way on a laptop or a pod.
-What a user can cause ends with one line and exit code 2, divergence with 78.
+What a user can cause ends with one line and exit code 2, divergence with 78, training that SIGTERM
+told to stop, once it has saved, with 42.
 
 Several processes are one run where each has EMU3_NUM_PROCESSES, its own EMU3_PROCESS_ID and
 JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0), or where the scheduler of a TPU pod or Slurm says
@@ -15,7 +16,7 @@ import warnings
 
 import jax
 
-from emu3_jax import config
+from emu3_jax import config, preemption
 
 EXPLICIT = ("EMU3_NUM_PROCESSES", "EMU3_PROCESS_ID", "JAX_COORDINATOR_ADDRESS")
 
@@ -35,6 +36,9 @@ def main(argv: list[str]) -> int:
     except FloatingPointError as error:
         print(f"diverged: {error}", file=sys.stderr)
         return 78
+    except preemption.Preempted as notice:
+        print(f"preempted: {notice}; the same command goes on from there", file=sys.stderr)
+        return preemption.EXIT_CODE
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

@@ -13,7 +13,7 @@ import optax
 from jax.experimental import serialize_executable
 from jax.sharding import AxisType
 
-from emu3_jax import checkpoint, chips, config, data, metrics, optim
+from emu3_jax import checkpoint, chips, config, data, metrics, optim, preemption
 from emu3_jax.mesh import Mesh, apart_along_data, sharding, spec
 
 
@@ -103,11 +103,17 @@ class Train:
     xla_cache: str = ""
 
     def run(self) -> None:
-        """Trains to the last step, or says that it has been reached."""
+        """Trains to the last step, or says that it has been reached.
+
+        Told to stop (see preemption.py), it saves the step it is at and raises Preempted.
+        """
         if self.xla_cache:
             jax.config.update("jax_compilation_cache_dir", self.xla_cache)
         device_mesh = self.mesh.make(axis_type=self.task.axis_type)
-        with jax.set_mesh(device_mesh), checkpoint.Checkpoints(self.run_dir, self.keep) as saved:
+        with (
+            jax.set_mesh(device_mesh), preemption.Notice() as notice,
+            checkpoint.Checkpoints(self.run_dir, self.keep) as saved,
+        ):  # fmt: skip
             start = saved.latest() or 0
             if start >= self.steps:
                 metrics.say(f"{self.run_dir}: trained ({start} steps)")
@@ -124,7 +130,7 @@ class Train:
                 if self.initial:
                     state |= initial_weights(self.task, self.initial, state)
                 self._write_config(state)
-            self._loop(start, state, rows, device_mesh, saved)
+            self._loop(start, state, rows, device_mesh, saved, notice)
 
     def make(self):
         """The compiled function from a seed to the state before the first step."""
@@ -178,7 +184,7 @@ class Train:
         positions = data.positions_here(device_mesh, self.data.length) if packed else None
         return self.data.open(self.batch, state, positions)
 
-    def _loop(self, start, state, rows, device_mesh, saved) -> None:
+    def _loop(self, start, state, rows, device_mesh, saved, notice) -> None:
         step_fn = self._ready(device_mesh)
         name = pathlib.Path(self.run_dir).name
         with metrics.Metrics(self.run_dir, name, start, self.steps) as log:
@@ -191,13 +197,16 @@ class Train:
                 done = step + 1
                 if waiting:  # the devices have their next step: reading the last one costs nothing
                     _report(log, *waiting)
-                saves = done % self.save_every == 0 or done == self.steps
+                stops = notice.reached(done) and done < self.steps
+                saves = done % self.save_every == 0 or done == self.steps or stops
                 shown = saves or done % self.log_every == 0 or step == start
                 waiting = (done, values, rows.figures(done)) if shown else None
                 if saves:  # never from a step that was not finite
                     _report(log, *waiting)
                     waiting = None
                     saved.save(done, state, self, rows.state(done))
+                if stops:
+                    raise preemption.Preempted(f"{self.run_dir} is saved at step {done}")
 
     def _ready(self, device_mesh):
         """`step_fn`, compiled before if that is asked for."""

@@ -6,10 +6,12 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 
 import jax
 import numpy as np
@@ -88,7 +90,9 @@ def file(tmp_path_factory) -> str:
     return str(root / "job.py")
 
 
-def run(file: str, processes: int, run_dir: pathlib.Path, *overrides: str) -> list[tuple]:
+def run(
+    file: str, processes: int, run_dir: pathlib.Path, *overrides: str, meanwhile=lambda _: None
+) -> list[tuple]:
     """(exit code, stdout, stderr) of each process; they share eight devices."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -109,6 +113,7 @@ def run(file: str, processes: int, run_dir: pathlib.Path, *overrides: str) -> li
                 command, cwd=ROOT, env=environ | dict(EMU3_PROCESS_ID=str(index)),
                 stdout=outputs[-1][0], stderr=outputs[-1][1],
             ))  # fmt: skip
+        meanwhile(children)
         codes = [child.wait(timeout=200) for child in children]
     finally:
         for child in children:
@@ -197,6 +202,23 @@ def test_four_processes_go_on_where_two_stopped(file, stopped, alone):
     said = trained(f"{file}:Apart", 4, stopped)
     assert said.count(f"{stopped}: goes on at step {SAVE_EVERY}\n") == 1
     assert_same(stopped, alone)
+
+
+def test_sigterm_to_one_process_stops_all_at_one_step(file, tmp_path):
+    """They save that step and end with 42."""
+    run_dir = tmp_path / "run"
+
+    def terminate(children):
+        while not (run_dir / "metrics.jsonl").exists() or len(metrics.read(run_dir)) < 2:
+            time.sleep(0.05)
+            assert all(child.poll() is None for child in children)
+        children[1].send_signal(signal.SIGTERM)
+
+    results = run(file, 2, run_dir, "--config.steps=5000", meanwhile=terminate)
+    step = metrics.read(run_dir)[-1]["step"]
+    told = f"preempted: {run_dir} is saved at step {step}; the same command goes on from there\n"
+    assert all(code == 42 and err.endswith(told) for code, _, err in results), results
+    assert (run_dir / "checkpoints" / str(step)).is_dir() and step < 5000
 
 
 def test_what_a_user_causes_ends_all_processes(file, tmp_path):

@@ -6,12 +6,13 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 
 import jax
 import numpy as np
 import pytest
 
-from emu3_jax import checkpoint, config, data, hlo, mesh, metrics, optim, params, train
+from emu3_jax import checkpoint, config, data, hlo, mesh, metrics, optim, params, preemption, train
 from tests import toy
 from tokenizer import vq
 from tokenizer.train import TokenizerTask
@@ -104,6 +105,27 @@ def test_resume_is_exact(finished, interrupted, tmp_path, capsys):
     for got, want in zip(*(jax.tree.leaves(checkpoint.restore_model(str(path))[1])
                            for path in (run_dir, finished)), strict=True):  # fmt: skip
         np.testing.assert_array_equal(got, want)
+
+
+def test_sigterm_saves_and_stops(finished, tmp_path, monkeypatch):
+    """Wherever it is; then it goes on as if nothing had happened."""
+    write = metrics.Metrics.write
+
+    def terminate(log, step, values):
+        write(log, step, values)
+        if step == INTERRUPTED:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics.Metrics, "write", terminate)
+        with pytest.raises(preemption.Preempted, match=f"{tmp_path} is saved at step (14|15)$"):
+            job(tmp_path).run()
+    assert signal.getsignal(signal.SIGTERM) == before
+    last = metrics.read(tmp_path)[-1]["step"]
+    assert (tmp_path / "checkpoints" / str(last)).is_dir() and last in (14, 15)
+    job(tmp_path).run()
+    assert figures(tmp_path) == figures(finished)
 
 
 def test_resume_on_another_mesh(finished, interrupted, tmp_path):
@@ -204,11 +226,11 @@ def test_a_batch_that_does_not_split(tmp_path):
 
 
 def test_step_s_takes_rows_s_times_batch():
-    """From any start, laid out over the mesh."""
+    """From any start, laid out over the mesh, read by any number of threads."""
     opened = toy.Counting().open(4)
     rows, device_mesh = opened.dataset, mesh.Mesh(data=2, fsdp=2, context=2).make()
     with jax.set_mesh(device_mesh):
-        batches = list(data.batches(opened, 3, 6, device_mesh))
+        batches, again = (list(data.batches(opened, 3, 6, device_mesh, readers=n)) for n in (1, 5))
     assert len(batches) == 3
     for step, batch in enumerate(batches, start=3):
         want = toy.stack([rows[step * 4 + i] for i in range(4)])
@@ -217,6 +239,7 @@ def test_step_s_takes_rows_s_times_batch():
             assert array.sharding.shard_shape(array.shape) == (1, 8)
             assert array.dtype == want[name].dtype
             np.testing.assert_array_equal(array, want[name], err_msg=name)
+            np.testing.assert_array_equal(array, again[step - 3][name])
 
 
 def test_the_learning_rate_rises_and_falls():
