@@ -9,6 +9,7 @@ Legend: T position in a row, B rows, M documents or pieces of such, S slots.
 
 import dataclasses
 import hashlib
+import pathlib
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -29,8 +30,9 @@ UNREADABLE = ("stop", "skip")
 class Component:
     """One store in one layout; `weight` is its share of the tokens, relative to the others'.
 
-    `name` tells it apart, "" means "STORE (LAYOUT)"; one that keeps its name keeps its place in
-    its documents when the mixture changes, wherever the store has moved.
+    `name` tells it apart; "" means "DIRECTORY (LAYOUT)", of the store's path the last part. The
+    order of its documents follows from it, and one that keeps its name keeps its place in them
+    when the mixture changes or the store has moved.
     """
 
     store: str
@@ -41,7 +43,7 @@ class Component:
     @property
     def title(self) -> str:
         """Its name."""
-        return self.name or f"{self.store} ({self.layout.name})"
+        return self.name or f"{pathlib.PurePath(self.store).name} ({self.layout.name})"
 
 
 @dataclasses.dataclass

@@ -79,7 +79,7 @@ class _CountingRows:
 
 
 @dataclasses.dataclass
-class Pictures:
+class Pictures(data.Data):
     """Data: rows of an image and a clip of noise."""
 
     size: int = 8

@@ -148,7 +148,7 @@ def save_run(run_dir: str, task, params, variables) -> None:
         if saved.latest() is not None:
             print(f"{run_dir}: there already (step {saved.latest()})")
             return
-        saved.save(0, dict(params=params, variables=variables), config)
+        saved.save(0, dict(params=params, variables=variables), config, {})
     processor.write_json(pathlib.Path(run_dir) / "config.json", config_lib.to_json(config))
 
 
