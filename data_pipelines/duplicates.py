@@ -12,7 +12,6 @@ import json
 import os
 import pathlib
 import time
-import uuid
 
 import numpy as np
 
@@ -73,7 +72,7 @@ def _hash_missing(config: Duplicates, source: sources.Source) -> None:
     """Writes the files of hashes that this process owes."""
     mine = parts.mine(config.parts, config.worker, config.workers)
     paths = {part: _path(config, part) for part in mine}
-    members = {part: _members(config, source, part) for part in paths}
+    members = {part: parts.members(len(source), part, config.parts) for part in paths}
     missing = [part for part, path in paths.items() if not path.exists()]
     pathlib.Path(config.directory).mkdir(parents=True, exist_ok=True)
     shown = progress.Progress(config.directory, sum(len(members[part]) for part in missing))
@@ -93,12 +92,6 @@ def _hash_missing(config: Duplicates, source: sources.Source) -> None:
             )
     if not missing:
         print(f"{config.directory}: hashed ({len(paths)} of {config.parts} parts here)")
-
-
-def _members(config: Duplicates, source: sources.Source, part: int) -> range:
-    """The records of a part: a contiguous stretch of the source."""
-    count = len(source)
-    return range(part * count // config.parts, (part + 1) * count // config.parts)
 
 
 def _path(config: Duplicates, part: int) -> pathlib.Path:
@@ -161,15 +154,8 @@ def _finish(config: Duplicates, source: sources.Source) -> bool:
         }
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     path = pathlib.Path(config.directory, "duplicates.jsonl")
-    _replace(path, "".join(lines))
+    parts.write_text(path, "".join(lines))
     bad = sum(info["bad"] for info in infos)
     skipped = f", {bad} bad skipped" if bad else ""
     print(f"{path}: {len(lines)} near-duplicates among {len(hash_N)} images{skipped}", flush=True)
     return True
-
-
-def _replace(path: pathlib.Path, text: str) -> None:
-    """Writes a file in one move, as others may write the same or read it."""
-    half = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    half.write_text(text, encoding="utf-8")
-    half.replace(path)

@@ -189,8 +189,7 @@ class _Work:
 
     def members(self, part: int) -> range:
         """The records of a part: a contiguous stretch of the source."""
-        count, parts = len(self.source), self.config.parts
-        return range(part * count // parts, (part + 1) * count // parts)
+        return parts.members(len(self.source), part, self.config.parts)
 
     def made_with(self, part: int, fingerprint: str) -> store.Fingerprints:
         """As whose work a part counts; `source` is its records by name, captions, filters and

@@ -113,6 +113,11 @@ def mine(parts: int, worker: int, workers: int) -> range:
     return range(worker, parts, workers)
 
 
+def members(count: int, part: int, parts: int) -> range:
+    """The records of a part: a contiguous stretch of `count`."""
+    return range(part * count // parts, (part + 1) * count // parts)
+
+
 def is_complete(path: pathlib.Path, made_with: Fingerprints) -> bool:
     """Whether the part is written; StoreError if it is, but otherwise than this run would."""
     info = read_json(path / "part.json")
@@ -244,15 +249,19 @@ def read_json(path: pathlib.Path) -> dict | None:
 
 
 def write_json(path: pathlib.Path, value: dict) -> None:
+    """Writes an object as `write_text` does."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
     """Replaces the file in one move, so that it is there whole or not at all.
 
-    Several processes may write the same value at once. What killed ones left is removed.
+    Several processes may write the same text at once. What killed ones left is removed.
     """
-    text = json.dumps(value, indent=1) + "\n"
-    while not (path.exists() and path.read_text() == text):
+    while not (path.exists() and path.read_text(encoding="utf-8") == text):
         # Not the process id: those of two containers may be the same.
         written = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-        written.write_text(text)
+        written.write_text(text, encoding="utf-8")
         with contextlib.suppress(FileNotFoundError):  # removed by another that was done first
             os.replace(written, path)
     for left in path.parent.glob(f"{path.name}.*.tmp"):
