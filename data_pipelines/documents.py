@@ -204,8 +204,10 @@ def write(
     start_M = end_M - length_M
     ids_E, weights_E = np.zeros(end_M[-1], np.int32), np.zeros(end_M[-1], np.float32)
     weights, used_M = layout.weights, pieces.high_M - pieces.low_M
-    templates = [_template(vocab, weights, tuple(shape)) for shape in shapes]
-    block_M = np.array([len(ids_K) for ids_K, _, _ in templates])[pieces.shape_M]
+    # A store may have thousands of shapes, a batch has few of them.
+    numbers, shape_M = np.unique(pieces.shape_M, return_inverse=True)
+    templates = [_template(vocab, weights, tuple(shapes[number])) for number in numbers]
+    block_M = np.array([len(ids_K) for ids_K, _, _ in templates])[shape_M]
 
     if layout.name == "chat":
         text_at_P, block_at_M, weight_P, eos_E = _conversations(pieces, start_M, block_M, weights)
@@ -231,7 +233,7 @@ def write(
     ids_E[eos_E], weights_E[eos_E] = vocab.eos, eos_weight_E
     first_E = start_M[pieces.begin_M == 0]
     ids_E[first_E], weights_E[first_E] = vocab.bos, 0.0
-    _write_blocks(pieces, templates, block_at_M, vocab.visual, ids_E, weights_E)
+    _write_blocks(pieces.codes_E, shape_M, templates, block_at_M, vocab.visual, ids_E, weights_E)
     return ids_E, weights_E
 
 
@@ -251,19 +253,18 @@ def _conversations(pieces: Pieces, start_M, block_M, weights: Weights) -> tuple:
 
 
 def _write_blocks(
-    pieces: Pieces, templates: list, at_M: np.ndarray, visual: int, ids_E: np.ndarray,
-    weights_E: np.ndarray,
+    codes_E: np.ndarray, shape_M: np.ndarray, templates: list, at_M: np.ndarray, visual: int,
+    ids_E: np.ndarray, weights_E: np.ndarray,
 ) -> None:
     areas_S = np.array([len(places) for _, _, places in templates])
-    codes_end_M = np.cumsum(areas_S[pieces.shape_M])
-    for number in np.unique(pieces.shape_M):
-        ids_K, weights_K, places = templates[number]
+    codes_end_M = np.cumsum(areas_S[shape_M])
+    for number, (ids_K, weights_K, places) in enumerate(templates):
         if not len(ids_K):
             continue
-        for m in np.flatnonzero(pieces.shape_M == number):
+        for m in np.flatnonzero(shape_M == number):
             block_K = ids_E[at_M[m] : at_M[m] + len(ids_K)]
             block_K[:] = ids_K
-            codes = pieces.codes_E[codes_end_M[m] - len(places) : codes_end_M[m]]
+            codes = codes_E[codes_end_M[m] - len(places) : codes_end_M[m]]
             block_K[places] = codes.astype(np.int32) + visual
             weights_E[at_M[m] : at_M[m] + len(ids_K)] = weights_K
 
@@ -307,7 +308,7 @@ def _template(vocab: vocabulary.Vocab, weights: Weights, shape: tuple) -> tuple:
     return _cached_template(vocab, dataclasses.astuple(weights), shape)
 
 
-@functools.lru_cache(maxsize=1 << 14)
+@functools.lru_cache(maxsize=1 << 10)
 def _cached_template(vocab: vocabulary.Vocab, weights: tuple, shape: tuple) -> tuple:
     t, h, w, fps = shape
     weights = Weights(*weights)
