@@ -10,36 +10,40 @@ import runpy
 from absl import flags
 from ml_collections import config_flags
 
+EXAMPLES = dict(config="configs/demo.py", job="launch/jobs/emu3_8b_stage1.py")
 
-def load(argv: list[str]):
+
+def load(argv: list[str], name: str = "config"):
     """The configuration that `--config=FILE[:ARGUMENT] --config.a.b=value ...` asks for.
 
-    FILE defines get_config(), which may take ARGUMENT. Types are those of the dataclass fields.
-    Raises ValueError in one line for a missing file, an unknown field (naming the nearest one)
-    or a value of the wrong type.
+    FILE defines get_config(), which may take ARGUMENT; with another `name` than config, the flags
+    and the function are called after that. Types are those of the dataclass fields. Raises
+    ValueError in one line for a missing file, an unknown field (naming the nearest one) or a value
+    of the wrong type.
     """
-    paths = [arg.split("=", 1)[1] for arg in argv if arg.startswith("--config=")]
+    flag, function = f"--{name}", f"get_{name}"
+    paths = [arg.split("=", 1)[1] for arg in argv if arg.startswith(f"{flag}=")]
     if len(paths) != 1:
-        raise ValueError("want one --config=FILE, as in --config=configs/demo.py")
+        raise ValueError(f"want one {flag}=FILE, as in {flag}={EXAMPLES[name]}")
     path, _, argument = paths[0].partition(":")
     if not os.path.isfile(path):
-        raise ValueError(f"--config={path}: no such file")
-    unknown = [arg for arg in argv if not arg.startswith(("--config=", "--config."))]
+        raise ValueError(f"{flag}={path}: no such file")
+    unknown = [arg for arg in argv if not arg.startswith((f"{flag}=", f"{flag}."))]
     if unknown:
-        raise ValueError(f"{unknown[0]}: want --config=FILE and --config.FIELD=VALUE only")
-    get_config = runpy.run_path(path).get("get_config")
+        raise ValueError(f"{unknown[0]}: want {flag}=FILE and {flag}.FIELD=VALUE only")
+    get_config = runpy.run_path(path).get(function)
     if get_config is None:
-        raise ValueError(f"--config={path}: it defines no get_config(); see configs/demo.py")
+        raise ValueError(f"{flag}={path}: it defines no {function}(); see {EXAMPLES[name]}")
     if argument and not inspect.signature(get_config).parameters:
-        raise ValueError(f"--config={path}:{argument}: its get_config() takes no argument")
+        raise ValueError(f"{flag}={path}:{argument}: its {function}() takes no argument")
     default = get_config(argument) if argument else get_config()
     for arg in argv:
-        if arg.startswith("--config."):
+        if arg.startswith(f"{flag}."):
             _check_field(default, arg.split("=", 1)[0])
     values = flags.FlagValues()
-    fields = [arg for arg in argv if not arg.startswith("--config=")]
+    fields = [arg for arg in argv if not arg.startswith(f"{flag}=")]
     holder = config_flags.DEFINE_config_dataclass(
-        "config", default, flag_values=values, sys_argv=fields
+        name, default, flag_values=values, sys_argv=fields
     )
     try:
         values(["launch", *fields])
@@ -51,7 +55,7 @@ def load(argv: list[str]):
 def _check_field(config, name: str) -> None:
     """Raises ValueError if `name` (--config.a.b) leads nowhere."""
     node = config
-    for key in name.removeprefix("--config.").split("."):
+    for key in name.split(".")[1:]:
         if not dataclasses.is_dataclass(node):
             raise ValueError(f"{name}: {type(node).__name__} {node!r} has no fields")
         fields = [field.name for field in dataclasses.fields(node)]

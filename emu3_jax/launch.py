@@ -16,7 +16,7 @@ import warnings
 
 import jax
 
-from emu3_jax import config, preemption
+from emu3_jax import config, exit_codes, preemption
 
 EXPLICIT = ("EMU3_NUM_PROCESSES", "EMU3_PROCESS_ID", "JAX_COORDINATOR_ADDRESS")
 
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
         return 78
     except preemption.Preempted as notice:
         print(f"preempted: {notice}; the same command goes on from there", file=sys.stderr)
-        return preemption.EXIT_CODE
+        return exit_codes.PREEMPTED
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

@@ -11,8 +11,6 @@ import threading
 import jax
 from jax.experimental import multihost_utils
 
-EXIT_CODE = 42  # what launchers restart without counting it as a failure
-
 
 class Preempted(Exception):
     """The run was told to stop, and has saved; the message says where."""
