@@ -22,7 +22,7 @@ from emu3_jax.kernels import mask
 from emu3_jax.loss import HIDDEN, cross_entropy
 from emu3_jax.mesh import einsum, linear, place, spec
 from emu3_jax.params import Param
-from emu3_jax.train import Task
+from emu3_jax.update import Task
 
 # remat policy by name, from least to most recomputation -> what the backward pass finds saved
 # instead of computing it again: "dots" every matrix product and attention, "attention" all but the

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from emu3_jax import mesh, optim, params, train
+from emu3_jax import mesh, optim, params, update
 from emu3_jax.params import Param
 from tests import toy
 
@@ -58,10 +58,10 @@ def two_steps(device_mesh, batches, context: str = "gather") -> list[dict]:
     model = toy.model(dropout=0.1, loss_tile=16, context=context)
     optimizer = remembering(model)
     with jax.set_mesh(device_mesh):
-        make = jax.jit(functools.partial(train.init, model, optimizer))
-        layout = train.abstract_state(make, 0, device_mesh)
+        make = jax.jit(functools.partial(update.init, model, optimizer))
+        layout = update.abstract_state(make, 0, device_mesh)
         state = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), _state(), layout)
-        step_fn = jax.jit(functools.partial(train.train_step, model, optimizer, 7))
+        step_fn = jax.jit(functools.partial(update.train_step, model, optimizer, 7))
         results = []
         for step, batch in enumerate(batches):
             put = {key: jax.device_put(x, mesh.sharding(device_mesh, "BT"))
@@ -78,7 +78,7 @@ def _state() -> dict:
     model = toy.model()
     optimizer = remembering(model)
     with jax.set_mesh(mesh.Mesh().make(jax.devices()[:1])):
-        make = jax.jit(functools.partial(train.init, model, optimizer))
+        make = jax.jit(functools.partial(update.init, model, optimizer))
         return jax.tree.map(np.asarray, make(0))
 
 
@@ -156,8 +156,8 @@ def test_a_training_step_never_holds_the_logits_of_a_whole_vocabulary():
         optimizer = optim.AdamW().make(10, model.decays())
         batch = toy.stack([toy.pack([list(range(20))], length)] * rows)
         with jax.set_mesh(mesh.Mesh().make(jax.devices()[:1])):
-            state = jax.eval_shape(functools.partial(train.init, model, optimizer), 0)
-            step_fn = jax.jit(functools.partial(train.train_step, model, optimizer, 0))
+            state = jax.eval_shape(functools.partial(update.init, model, optimizer), 0)
+            step_fn = jax.jit(functools.partial(update.train_step, model, optimizer, 0))
             text = step_fn.lower(state, batch, 0).compile().as_text()
         sizes = {math.prod(map(int, dims.split(","))) for dims in re.findall(r"\[([\d,]+)\]", text)}
         return max(size for size in sizes if size % (rows * length) == 0)

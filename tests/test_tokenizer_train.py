@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from emu3_jax import checkpoint, mesh, metrics, optim
+from emu3_jax import checkpoint, mesh, metrics, optim, update
 from emu3_jax import train as emu3_train
 from tests import toy
 from tokenizer import (
@@ -345,7 +345,7 @@ def updates(start_of_run, devices, count=4):
     with jax.set_mesh(device_mesh):
         params, variables = jax.device_put(start_of_run, mesh.sharding(device_mesh, ""))
         state = dict(params=params, variables=variables, optimizer=optimizer.init(params))
-        step_fn = jax.jit(functools.partial(emu3_train.train_step, RUN, optimizer, 0))
+        step_fn = jax.jit(functools.partial(update.train_step, RUN, optimizer, 0))
         for step in range(count):
             batch = jax.device_put(both(step, 8), mesh.sharding(device_mesh, "B"))
             state, metrics = step_fn(state, batch, step)
@@ -426,7 +426,7 @@ def started(task, path):
     """(a random state, the state that training starts from)."""
     with jax.set_mesh(mesh.Mesh().make(axis_type=task.axis_type)):
         random = job("unused", task=task).make()(0)
-        return random, random | emu3_train.initial_weights(task, str(path), random)
+        return random, random | update.initial_weights(task, str(path), random)
 
 
 @pytest.mark.parametrize("layers, comes_along", [(1, True), (2, False), (0, False)])

@@ -12,7 +12,19 @@ import jax
 import numpy as np
 import pytest
 
-from emu3_jax import checkpoint, config, data, hlo, mesh, metrics, optim, params, preemption, train
+from emu3_jax import (
+    checkpoint,
+    config,
+    data,
+    hlo,
+    mesh,
+    metrics,
+    optim,
+    params,
+    preemption,
+    train,
+    update,
+)
 from tests import toy
 from tokenizer import vq
 from tokenizer.train import TokenizerTask
@@ -326,7 +338,7 @@ def test_parts_of_like_rows_drop_differently_along_data():
         with jax.set_mesh(mesh.Mesh(data=count, fsdp=1).make(jax.devices()[:count])):
             batch = {name: mesh.place(x, "BT") for name, x in toy.stack([row] * 2 * count).items()}
             state, key = run.make()(0), jax.random.key(1)
-            _, _, values = jax.jit(lambda state, batch, key, task=run.task: train.gradients(
+            _, _, values = jax.jit(lambda state, batch, key, task=run.task: update.gradients(
                 task, state, batch, key, 2))(state, batch, key)
         losses.append(float(values["loss"]))
     assert abs(losses[0] - losses[1]) > 1e-3
@@ -342,7 +354,7 @@ def test_a_tokenizers_batch_in_parts():
         params, variables = jax.jit(task.init)(jax.random.key(0))
         state, key = dict(params=params, variables=variables), jax.random.key(2)
         _, after, values = jax.jit(
-            lambda batch: train.gradients(task, state, batch, key, 2))(dict(image=image_BHWC))
+            lambda batch: update.gradients(task, state, batch, key, 2))(dict(image=image_BHWC))
         loss, losses = jax.jit(task.loss), []
         for half in (image_BHWC[:4], image_BHWC[4:]):
             value, (variables, _) = loss(params, variables, dict(image=half), key)
@@ -377,7 +389,7 @@ def test_the_moving_average_is_kept_and_loaded(tmp_path):
         state = saved.restore(2, run.abstract_state(device_mesh))
     np.testing.assert_array_equal(params["embed"], np.asarray(state["ema"]["embed"]))
     assert np.abs(params["embed"] - np.asarray(state["params"]["embed"])).max() > 0
-    after = train.initial_weights(run.task, run.run_dir, state)
+    after = update.initial_weights(run.task, run.run_dir, state)
     np.testing.assert_array_equal(after["ema"]["embed"], after["params"]["embed"])
 
 
@@ -422,7 +434,7 @@ def test_initial_weights_with_another_padding_of_the_vocabulary(finished):
     other = toy.model(dropout=0.1, vocab_multiple=32)
     with jax.set_mesh(mesh.Mesh().make()):
         state = job(finished, task=other).make()(0)
-        found = train.initial_weights(other, str(finished), state)["params"]
+        found = update.initial_weights(other, str(finished), state)["params"]
         _, params, _, _ = checkpoint.restore_model(str(finished))
         assert found["embed"].shape == (64, 16) and found["head"].shape == (16, 64)
         np.testing.assert_array_equal(np.asarray(found["head"])[:, :48], params["head"])
@@ -430,4 +442,4 @@ def test_initial_weights_with_another_padding_of_the_vocabulary(finished):
         np.testing.assert_array_equal(back["embed"], params["embed"])
         larger = toy.model(vocab=60)
         with pytest.raises(ValueError, match="holds a model of other sizes"):
-            train.initial_weights(larger, str(finished), job(finished, task=larger).make()(0))
+            update.initial_weights(larger, str(finished), job(finished, task=larger).make()(0))

@@ -21,7 +21,7 @@ from jax.sharding import AxisType
 
 from emu3_jax import checkpoint
 from emu3_jax import config as config_lib
-from emu3_jax.train import Task
+from emu3_jax.update import Task
 from tokenizer import convert, losses, lpips, patches, quantize, rows, vq
 
 JITTER = 0.02  # of the buffer's standard deviation: keeps codes apart that start on one vector
