@@ -1,14 +1,16 @@
 # make demo, make test: each makes .venv from the lock files first; nothing else is needed but
 # Python 3.11 to 3.13 and PyPI. make ingest makes .venv-ingest, whose TensorFlow reads seqio's tasks
-# and rewrites TFDS data sets; the tests run both. TORCH is what the tests' references need (PyTorch
+# and rewrites TFDS data sets; make launch makes .venv-launch, whose XManager starts jobs
+# (launch/xmanager.py). The tests run all three. TORCH is what the tests' references need (PyTorch
 # has CPU builds apart: elsewhere, add e.g. --index-url https://download.pytorch.org/whl/cpu).
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 INGEST := .venv-ingest/bin
+LAUNCH := .venv-launch/bin
 RUN := JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python
 
-.PHONY: demo demo-long test test-all check ingest lock
+.PHONY: demo demo-long test test-all check ingest launch lock
 
 demo: $(BIN)/.run
 	$(RUN) -m emu3_jax.launch --config=configs/demo.py
@@ -16,16 +18,18 @@ demo: $(BIN)/.run
 demo-long: $(BIN)/.run
 	$(RUN) -m emu3_jax.launch --config=configs/demo_long.py
 
-test: $(BIN)/.test $(INGEST)/.run check
+test: $(BIN)/.test $(INGEST)/.run $(LAUNCH)/.run check
 	$(RUN) -m pytest -m "not slow"
 
-test-all: $(BIN)/.test $(INGEST)/.run check
+test-all: $(BIN)/.test $(INGEST)/.run $(LAUNCH)/.run check
 	$(RUN) -m pytest
 
 check: $(BIN)/.test
 	$(BIN)/ruff check .
 
 ingest: $(INGEST)/.run
+
+launch: $(LAUNCH)/.run
 
 $(BIN)/uv:
 	$(PYTHON) -m venv .venv
@@ -46,6 +50,11 @@ $(INGEST)/.run: requirements-ingest.lock | $(BIN)/uv
 	$(BIN)/uv pip install --quiet --no-deps --python $(INGEST)/python -r requirements-ingest.lock
 	touch $@
 
+$(LAUNCH)/.run: requirements-launch.lock | $(BIN)/uv
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv-launch
+	$(BIN)/uv pip install --quiet --python $(LAUNCH)/python -r requirements-launch.lock
+	touch $@
+
 # Pins for Python 3.11 to 3.13 on every platform at once.
 lock: | $(BIN)/uv
 	$(BIN)/uv pip compile --universal --python-version 3.11 --no-header --quiet \
@@ -55,3 +64,5 @@ lock: | $(BIN)/uv
 	$(BIN)/uv pip compile --universal --python-version 3.11 --no-header --quiet \
 		-c requirements.lock --no-emit-package tensorflow \
 		requirements-ingest.txt -o requirements-ingest.lock
+	$(BIN)/uv pip compile --universal --python-version 3.11 --no-header --quiet \
+		requirements-launch.txt -o requirements-launch.lock

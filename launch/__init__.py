@@ -1,0 +1,1 @@
+"""Where a run starts: the same job on GKE, XManager, Slurm, TPU VMs or this machine."""
