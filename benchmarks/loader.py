@@ -242,11 +242,13 @@ def write_large(path: pathlib.Path, count: int) -> None:
     for number in range(several):
         part, size = store.part_path(path, number, several), count // several
         parts.write(part, [store.Document("", np.zeros(0, np.uint32))], made)
-        arrays.write(part / "text_length", rng.integers(20, 600, size).astype(np.uint32), 1 << 16)
+        length_N = rng.integers(20, 600, size).astype(np.uint32)
+        arrays.write(part / "text_length", length_N, 1 << 16)
+        arrays.write(part / "keys", np.full(size, 10, np.uint8), 1 << 16)
         arrays.write(part / "shape", np.zeros(size, np.uint32), 1 << 16)
         info = parts.read_json(part / "part.json")
         files = sorted(p for p in part.rglob("*") if p.is_file() and p.name != "part.json")
-        info |= dict(documents=size, shapes=[[0, 0, 0, 0.0, size]],
+        info |= dict(documents=size, text_tokens=int(length_N.sum()), shapes=[[0, 0, 0, 0.0, size]],
                      files={str(p.relative_to(part)): p.stat().st_size for p in files})  # fmt: skip
         parts.write_json(part / "part.json", info)
     store.finish(path, several, "", "")

@@ -42,8 +42,9 @@ from benchmarks.packings import packing
 from configs import emu3_1b
 from emu3_jax import chips, convert, mesh
 from emu3_jax.attention import KERNELS, usual_kernel
+from emu3_jax.fit import DoesNotFit, fitting, memory_limit, memory_needed
 from emu3_jax.optim import AdamW
-from emu3_jax.train import DoesNotFit, Train, fitting, memory_limit, memory_needed
+from emu3_jax.train import Train
 
 GIB = 2**30
 WARMUP, STEPS = 3, 10

@@ -20,12 +20,15 @@ Chosen here, because nothing is published:
                    image-text .16, video-text .08, the rest interleaved
     null prompt    10% of captions left out, for classifier-free guidance
     z-loss         1e-4 (PaLM): the only guard on the logits besides dropout
+    guard          an update whose loss or gradient norm lies 6 standard deviations above those of
+                   the last 128 steps is left out (emu3_jax/divergence.py)
     1B, 300M       the 8B's rules (heads of 128, 4 to a kv head, ffn 3.5 times the width); the names
                    count weights without embedding and head: 1.09e9 and 0.33e9
 """
 
 from data_pipelines.documents import Layout
 from data_pipelines.mixture import Component, Mixture
+from emu3_jax.divergence import Guard
 from emu3_jax.mesh import Mesh
 from emu3_jax.optim import AdamW
 from emu3_jax.train import Train
@@ -66,6 +69,8 @@ def stage1(size: str, batch: int, steps: int) -> Train:
         mesh=Mesh(fsdp=-1),
         log_every=10,
         save_every=1000,
+        keep_every=50_000,
+        guard=Guard(sigma=6.0),
     )
 
 

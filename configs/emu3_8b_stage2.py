@@ -10,6 +10,7 @@ configs/emu3_8b_stage1.py.
 from configs.emu3_8b_stage1 import decoder
 from data_pipelines.documents import Layout
 from data_pipelines.mixture import Component, Mixture
+from emu3_jax.divergence import Guard
 from emu3_jax.mesh import Mesh
 from emu3_jax.optim import AdamW
 from emu3_jax.train import Train
@@ -39,4 +40,6 @@ def get_config() -> Train:
         mesh=Mesh(fsdp=-1, context=16),
         log_every=10,
         save_every=500,
+        keep_every=5_000,
+        guard=Guard(sigma=6.0),
     )

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import tensorstore
 
+Array = tensorstore.TensorStore
 _SHARD = 1 << 22
 _EVERY, _PIECE = 64, 1 << 22
 _BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
@@ -30,35 +31,52 @@ def pages(values_E: np.ndarray, page: int) -> np.ndarray:
 def write(path: pathlib.Path, values: np.ndarray, inner: int) -> None:
     """Writes an array, perhaps of pages, in shards of about 4 Mi elements, made of inner chunks of
     `inner`."""
-    row = list(values.shape[1:])
-    single = values.dtype.itemsize == 1
-    inner, most = (count // math.prod(row) for count in (inner, _SHARD))
-    sharding = {
-        "chunk_shape": [inner, *row],
-        "codecs": [{"name": "bytes"} if single else _BYTES, _CRC32C],
-        "index_codecs": [_BYTES, _CRC32C],
+    spec = _spec(path) | {
+        "metadata": _metadata(values.shape, values.dtype.name, inner),
+        # Pages of zeros too, so that no array of pages is larger than its files.
+        "store_data_equal_to_fill_value": values.ndim == 2,
     }
-    shard = min(most, -(-max(1, len(values)) // inner) * inner)
-    metadata = {
-        "shape": list(values.shape),
-        "data_type": values.dtype.name,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [shard, *row]}},
-        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-    }
-    spec = _spec(path) | {"metadata": metadata}
     array = tensorstore.open(spec, create=True, delete_existing=True).result()
     array.write(values).result()
 
 
-def open_read(path: pathlib.Path) -> tensorstore.TensorStore:
-    """Opens an array for reading; ValueError if it is not there."""
-    return tensorstore.open(
+def open_read(path: pathlib.Path, row: tuple[int, ...], dtype: str, inner: int) -> Array:
+    """Opens an array of any length for reading, of pages if `row` is (page,), else ().
+
+    Raises ValueError if it is not there, or is laid out otherwise than by `write`: compressed, a
+    little would become much.
+    """
+    array = tensorstore.open(
         _spec(path), read=True, open=True, context=_CONTEXT, recheck_cached_data=False
     ).result()
+    found = array.spec().to_json()["metadata"]
+    if array.shape != (*array.shape[:1], *row) or not array.shape or found != found | _metadata(
+        array.shape, dtype, inner
+    ):
+        raise ValueError(f"{path.name}/zarr.json is none that this code writes")
+    return array
+
+
+def _metadata(shape: tuple[int, ...], dtype: str, inner: int) -> dict:
+    row = list(shape[1:])
+    inner, most = (count // math.prod(row) for count in (inner, _SHARD))
+    sharding = {
+        "chunk_shape": [inner, *row],
+        "codecs": [{"name": "bytes"} if dtype == "uint8" else _BYTES, _CRC32C],
+        "index_codecs": [_BYTES, _CRC32C],
+        "index_location": "end",
+    }
+    shard = min(most, -(-max(1, shape[0]) // inner) * inner)
+    return {
+        "shape": list(shape),
+        "data_type": dtype,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [shard, *row]}},
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+    }
 
 
 def gather(
-    array: tensorstore.TensorStore, begins_N: np.ndarray, ends_N: np.ndarray
+    array: Array, begins_N: np.ndarray, ends_N: np.ndarray
 ) -> Callable[[], np.ndarray]:
     """Begins to read the ranges [begin, end) of an array in pages; the result waits for them, end
     to end."""

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from emu3_jax import vocab as vocabulary
+from emu3_jax.untrusted import short
 
 _HEAD = "You are a helpful assistant. USER:"
 _PLACEHOLDER = "<image>"
@@ -49,15 +50,15 @@ def read(value: Any, image: bool = False) -> list[tuple[str, str]]:
     With `image`, the first question may hold the image's placeholder, at its start or its end.
     """
     if not isinstance(value, list) or not value:
-        raise BadConversation(f"{_short(value)} is no list of turns")
+        raise BadConversation(f"{short(value)} is no list of turns")
     who, what, roles = _form(value[0])
     texts, placeholders = [], 0
     for number, turn in enumerate(value):
         if not isinstance(turn, dict) or who not in turn or what not in turn:
-            raise BadConversation(f"turn {number + 1}, {_short(turn)}, lacks {who!r} or {what!r}")
+            raise BadConversation(f"turn {number + 1}, {short(turn)}, lacks {who!r} or {what!r}")
         if turn[who] != roles[number % 2]:
             raise BadConversation(
-                f"turn {number + 1} has {who} {turn[who]!r}, expected {roles[number % 2]!r}: "
+                f"turn {number + 1} has {who} {short(turn[who])}, expected {roles[number % 2]!r}: "
                 f"{roles[0]} and {roles[1]} take turns, and Emu3's prompt has no other"
             )
         text, images = _text(turn[what], number)
@@ -89,7 +90,7 @@ def _form(turn: Any) -> tuple[str, str, tuple[str, str]]:
         if isinstance(turn, dict) and form[0] in turn:
             return form
     raise BadConversation(
-        f"{_short(turn)} is no turn; write {{'role', 'content'}} or LLaVA's {{'from', 'value'}}"
+        f"{short(turn)} is no turn; write {{'role', 'content'}} or LLaVA's {{'from', 'value'}}"
     )
 
 
@@ -113,18 +114,13 @@ def _text(content: Any, number: int) -> tuple[str, int]:
 def _joined(parts: Any, number: int) -> tuple[str, int]:
     """The text of a content in parts, and how many images are among them."""
     if not isinstance(parts, list) or not all(isinstance(p, dict) and "type" in p for p in parts):
-        raise BadConversation(f"turn {number + 1} says {_short(parts)}, which is no text")
+        raise BadConversation(f"turn {number + 1} says {short(parts)}, which is no text")
     kinds = [part["type"] for part in parts]
     images = kinds.count("image")
     texts = [p["text"] for p in parts if p["type"] == "text" and isinstance(p.get("text"), str)]
     if images + len(texts) < len(parts) or (images and number):
         raise BadConversation(
-            f"turn {number + 1} has parts of type {', '.join(kinds)}; "
+            f"turn {number + 1} has parts of type {', '.join(map(str, kinds))}; "
             "take text, and an image in the first question"
         )
     return "".join(texts), images
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -7,25 +7,39 @@ below is a record, and its caption is in NAME.txt beside it.
 
 import csv
 import dataclasses
-import json
+import io
 import pathlib
 from typing import Any, BinaryIO
 
+from emu3_jax import untrusted
+
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
+LONGEST = 1 << 24  # bytes of a file with a caption, or with a record's JSON
 _KINDS = {"image": IMAGES, "video": VIDEOS}
+
+
+class BadFile(ValueError):
+    """A file of a source that cannot be used; the message names it."""
 
 
 @dataclasses.dataclass
 class Entry:
     """A record, undecoded. `key` names it within its source and ends as a file of its kind does.
 
-    `columns` are all else that the source holds for it, numbers or strings by name.
+    `columns` are all else that the source holds for it, numbers or strings by name. BadFile for a
+    key or caption that a store cannot hold.
     """
 
     key: str
     caption: str = ""
     columns: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        if not untrusted.text(self.key) or "\n" in self.key:
+            raise BadFile(f"{self.key!r} is no key: want text in one line")
+        if not untrusted.text(self.caption):
+            raise BadFile(f"{self.key}: caption {untrusted.short(self.caption)} is no text")
 
 
 def is_image(name: str) -> bool:
@@ -80,24 +94,40 @@ def read_list(path: pathlib.Path, kind: str = "image") -> list[dict]:
     """The entries of a .jsonl or .csv list of images; ValueError names what is wrong with it."""
     if not path.exists():
         raise ValueError(f"{path} does not exist; write a list with the columns file and caption")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 ({error.reason} at byte {error.start})") from None
     if path.suffix == ".csv":
-        entries = list(csv.DictReader(text.splitlines()))
+        entries = _parse_csv(path, text)
     else:
-        entries = [_parse(path, i, line) for i, line in enumerate(text.splitlines()) if line]
+        entries = [_parse(path, i, line) for i, line in enumerate(text.split("\n")) if line]
     if not entries:
         raise ValueError(f"{path} lists no {kind}s; write one {kind} a line")
     for i, entry in enumerate(entries):
         if not isinstance(entry, dict) or "file" not in entry:
-            raise ValueError(f"{path}, entry {i + 1} has no column 'file'; it reads {entry}")
+            said = untrusted.short(entry)
+            raise ValueError(f"{path}, entry {i + 1} has no column 'file'; it reads {said}")
+        try:
+            untrusted.below(path.parent, entry["file"])
+        except ValueError as error:
+            raise ValueError(f"{path}, entry {i + 1}: file {error}") from None
     return entries
 
 
 def _parse(path: pathlib.Path, index: int, line: str) -> dict:
     try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
+        return untrusted.parse(line)
+    except ValueError as error:
         raise ValueError(f"{path}, line {index + 1} is no JSON: {error}") from error
+
+
+def _parse_csv(path: pathlib.Path, text: str) -> list[dict]:
+    lines = csv.DictReader(io.StringIO(text, newline=""), restkey="", restval="")
+    try:
+        return list(lines)
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {lines.line_num} is no CSV: {error}") from error
 
 
 def _find(directory: pathlib.Path, kind: str) -> list[str]:
@@ -117,6 +147,10 @@ def _find(directory: pathlib.Path, kind: str) -> list[str]:
 
 def _sidecar(path: pathlib.Path) -> str:
     try:
-        return path.with_suffix(".txt").read_text(encoding="utf-8", errors="replace").strip()
+        with path.with_suffix(".txt").open(encoding="utf-8", errors="replace") as file:
+            text = file.read(LONGEST + 1)
     except FileNotFoundError:
         return ""
+    if len(text) > LONGEST:
+        raise BadFile(f"{path}: its caption is longer than {LONGEST} characters")
+    return text.strip()

@@ -18,6 +18,7 @@ import math
 import pathlib
 
 from data_pipelines import entries, image_folder
+from emu3_jax import untrusted
 
 
 @dataclasses.dataclass
@@ -57,7 +58,7 @@ class Column:
         value = entry.columns[self.name]
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if math.isnan(number):
             raise image_folder.BadFile(
@@ -147,9 +148,10 @@ def read_keys(path: pathlib.Path) -> frozenset[str]:
     if not path.exists():
         raise ValueError(f"{path} does not exist; run configs/duplicates.py, or set no duplicates")
     keys = set()
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            keys.add(json.loads(line)["key"])
+            keys.add(untrusted.parse(line)["key"])
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f'{path}, line {number} is not {{"key": ...}}: {line[:80]}') from None
+            shown = line[:80].decode("utf-8", "replace")
+            raise ValueError(f'{path}, line {number} is not {{"key": ...}}: {shown}') from None
     return frozenset(keys)

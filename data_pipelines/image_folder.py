@@ -20,14 +20,13 @@ from emu3_jax import data
 
 SMALLEST = 8
 WIDEST = 5
-
-
-class BadFile(ValueError):
-    """A file of a source that cannot be used; the message names it."""
+MOST_PIXELS = 2**26  # 8192 x 8192: as RGB 0.2 GB, with its alpha several times that
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # Pillow has others, one of which runs programs
+BadFile = entries.BadFile
 
 
 class BadImage(BadFile):
-    """An image that is corrupt, too small or too long; the message names it."""
+    """An image that is corrupt, too small, too large or too long; the message names it."""
 
 
 @dataclasses.dataclass
@@ -69,24 +68,33 @@ def read_image(file: pathlib.Path | BinaryIO) -> np.ndarray:
 def decode_image(name: str, file: IO[bytes]) -> np.ndarray:
     """`read_image` of an open file that errors call `name`."""
     try:
-        with PIL.Image.open(file) as image:
+        with open_image(file) as image:
+            if problem := size_problem(image.height, image.width):
+                raise BadImage(f"{name}: {problem}")
             image = PIL.ImageOps.exif_transpose(image)
             if image.mode != "RGB":
                 image = image.convert("RGBA")
                 white = PIL.Image.new("RGBA", image.size, "white")
                 image = PIL.Image.alpha_composite(white, image).convert("RGB")
             image_HWC = np.asarray(image, np.uint8)
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+    except BadImage:
+        raise
+    except Exception as error:  # Pillow's decoders raise whatever they come across
         raise BadImage(f"{name}: corrupt image ({_one_line(error)})") from error
-    if problem := size_problem(*image_HWC.shape[:2]):
-        raise BadImage(f"{name}: {problem}")
     return image_HWC
+
+
+def open_image(file: IO[bytes]) -> PIL.Image.Image:
+    """An image of which the header is read, in one of FORMATS."""
+    return PIL.Image.open(file, formats=FORMATS)
 
 
 def size_problem(height: int, width: int) -> str:
     """Why pictures of this size are not used, or nothing."""
     if min(height, width) < SMALLEST:
         return f"{width}x{height} px, smaller than {SMALLEST} px"
+    if height * width > MOST_PIXELS:
+        return f"{width}x{height} px, more than {MOST_PIXELS} pixels"
     if max(height, width) > WIDEST * min(height, width):
         return f"{width}x{height} px, aspect ratio above {WIDEST}"
     return ""

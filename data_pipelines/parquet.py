@@ -17,7 +17,9 @@ import pyarrow.parquet
 
 from data_pipelines import entries, image_folder, sources
 
+LARGEST = 1 << 32  # bytes of a row group, unpacked
 _HELD = 1 << 30  # bytes of row groups that are kept of images, and as many of everything else
+_ROWS = 1024  # that are unpacked at once
 
 
 class Parquet:
@@ -56,9 +58,9 @@ class Parquet:
         """Key, caption ("" for none) and columns of a row, those without a value left out."""
         group, row = self._find(index)
         table, place = self._texts[group], self._groups[group]
-        key = _value(table, self._key, row) if self._key else None
-        caption = _value(table, self._caption, row) if self._caption else None
-        values = {name: _value(table, name, row) for name in self._columns}
+        key = _value(place, table, self._key, row) if self._key else None
+        caption = _value(place, table, self._caption, row) if self._caption else None
+        values = {name: _value(place, table, name, row) for name in self._columns}
         values = {name: value for name, value in values.items() if value is not None}
         return sources.Entry(key or f"{place.path.name}/{place.first + row}", caption or "", values)
 
@@ -67,7 +69,7 @@ class Parquet:
         group, row = self._find(index)
         place = self._groups[group]
         name = f"{place.path}, row {place.first + row}"
-        value = _value(self._images[group], self._image, row)
+        value = _value(place, self._images[group], self._image, row)
         data = value["bytes"] if isinstance(value, dict) else value
         if data is None:
             raise image_folder.BadFile(f"{name}: no bytes in column {self._image!r}")
@@ -129,9 +131,19 @@ class _Held:
             return self._tables[group]
 
     def _read(self, group: _Group) -> pa.Table:
+        batches, size = [], 0
         try:
             with pa.parquet.ParquetFile(group.path) as file:
-                return file.read_row_group(group.number, columns=self._columns)
+                # Not as a whole: what its metadata says of its size need not be so.
+                for batch in file.iter_batches(_ROWS, [group.number], self._columns):
+                    batches.append(batch)
+                    size += batch.nbytes
+                    if size > LARGEST:
+                        raise pa.ArrowInvalid(f"it has more than {LARGEST:,} bytes")
+            rows = sum(batch.num_rows for batch in batches)
+            if rows != group.rows:
+                raise pa.ArrowInvalid(f"it has {rows} rows of {group.rows}")
+            return pa.Table.from_batches(batches)
         except (pa.ArrowException, OSError) as error:
             raise image_folder.BadFile(
                 f"{group.path}: row group {group.number} cannot be read ({_first_line(error)})"
@@ -143,25 +155,39 @@ def _open(path: pathlib.Path) -> tuple[pa.Schema, list[_Group]]:
         with pa.parquet.ParquetFile(path) as file:
             schema, metadata = file.schema_arrow.remove_metadata(), file.metadata
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(
-            f"{path} is no Parquet file, or cut short ({_first_line(error)}); get it anew, or "
-            "leave it out of files"
-        ) from error
+        raise _unreadable(path, error) from error
     rows = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+    size = path.stat().st_size
+    if min(rows, default=0) < 0 or sum(rows) > size:  # not even a byte for each image
+        raise ValueError(f"{path} is damaged: {sum(rows)} rows in {size} bytes; get it anew")
     return schema, [_Group(path, n, sum(rows[:n]), count) for n, count in enumerate(rows)]
 
 
 def _has_videos(path: pathlib.Path, key: str) -> bool:
-    with pa.parquet.ParquetFile(path) as file:
-        return any(
-            entries.is_video(name or "")
-            for batch in file.iter_batches(columns=[key])
-            for name in batch.column(0).to_pylist()
-        )
+    try:
+        with pa.parquet.ParquetFile(path) as file:
+            return any(
+                entries.is_video(name or "")
+                for batch in file.iter_batches(columns=[key])
+                for name in batch.column(0).to_pylist()
+            )
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise _unreadable(path, error) from error
 
 
-def _value(table: pa.Table, column: str, row: int) -> Any:
-    return table.column(column)[row].as_py()
+def _unreadable(path: pathlib.Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{path} is no Parquet file, or cut short ({_first_line(error)}); get it anew, or "
+        "leave it out of files"
+    )
+
+
+def _value(group: _Group, table: pa.Table, column: str, row: int) -> Any:
+    try:
+        return table.column(column)[row].as_py()
+    except UnicodeDecodeError as error:
+        name = f"{group.path}, row {group.first + row}"
+        raise image_folder.BadFile(f"{name}: column {column!r} is no UTF-8 ({error})") from error
 
 
 def _names(schema: pa.Schema) -> str:

@@ -17,11 +17,13 @@ import pathlib
 import shutil
 import uuid
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import numpy as np
 
-from data_pipelines import arrays, checksum
+from data_pipelines import arrays, checksum, part_info
+from emu3_jax import untrusted
 
 SCHEMA = 3
 TEXT, IMAGE, VIDEO = 0, 1, 2
@@ -38,6 +40,7 @@ COLUMNS = {
 # Elements of an inner chunk, the least that is read: about one image, or a column at a time.
 _INNER = {name: 4096 if name in ("codes", "text", "turns") else 1 << 16 for name in COLUMNS}
 _PAGES = dict(codes=4096, text=512, turns=512)
+_SUMS = dict(codes="codes", text="text_tokens", turns="turns")  # of columns by end-to-end ranges
 _NO_CODES = np.zeros(0, np.uint16)
 
 
@@ -120,20 +123,41 @@ def members(count: int, part: int, parts: int) -> range:
 
 def is_complete(path: pathlib.Path, made_with: Fingerprints) -> bool:
     """Whether the part is written; StoreError if it is, but otherwise than this run would."""
-    info = read_json(path / "part.json")
+    info = read_part(path)
     if info is not None:
-        check_schema(str(path), info)
         made_with.check(str(path), info)
     return info is not None
 
 
 def check_schema(name: str, info: dict) -> None:
     """Raises StoreError if a part or store is of another version of this code."""
-    if info["schema"] != SCHEMA:
+    schema = info.get("schema")
+    if schema != SCHEMA:
         raise StoreError(
-            f"{name} has schema {info['schema']}, this code reads {SCHEMA}; remove it and encode "
-            "it again"
+            f"{name} has schema {untrusted.short(schema)}, this code reads {SCHEMA}; remove it and "
+            "encode it again"
         )
+
+
+def read_part(path: pathlib.Path) -> dict | None:
+    """What part.json says, None if there is none; StoreError if it cannot be so.
+
+    Nothing that follows from it takes more memory than a few times the part's files.
+    """
+    info = read_json(path / "part.json")
+    if info is None:
+        return None
+    check_schema(str(path), info)
+    try:
+        part_info.check_part(path, info, COLUMNS)
+    except ValueError as error:
+        raise damaged(path, f"in part.json, {error}") from None
+    return info
+
+
+def damaged(path: pathlib.Path, reason: str) -> StoreError:
+    """The error of a part that is to be made anew."""
+    return StoreError(f"{path} is damaged: {reason}; remove it and run its encode job again")
 
 
 def write(
@@ -182,14 +206,13 @@ class Part:
     def __init__(self, path: pathlib.Path):
         """Raises StoreError for a part that is missing or truncated."""
         self.path, self._arrays = path, {}
-        self.info = read_json(path / "part.json")
+        self.info = read_part(path)
         if self.info is None:
             raise StoreError(f"store {path.parent} lacks {path.name}; run its encode job again")
-        check_schema(str(path), self.info)
         for name, size in self.info["files"].items():
             found = (path / name).stat().st_size if (path / name).exists() else 0
             if found != size:
-                raise self._damaged(f"{name} has {found} bytes of {size}")
+                raise damaged(path, f"{name} has {found} bytes of {size}")
 
     def __len__(self) -> int:
         return self.info["documents"]
@@ -197,11 +220,28 @@ class Part:
     def column(self, name: str) -> np.ndarray:
         """A whole column; StoreError if it is damaged."""
         values_E = self._stored(name).reshape(-1)
-        sizes = dict(codes="codes", text="text_tokens", turns="turns")
-        return values_E[: self.info[sizes[name]]] if name in sizes else values_E
+        return values_E[: self.info[_SUMS[name]]] if name in _SUMS else values_E
+
+    def counted(self, name: str, total: str) -> np.ndarray:
+        """A column of lengths; StoreError unless it adds up to part.json's `total`."""
+        lengths_N = self.column(name)
+        if int(lengths_N.sum(dtype=np.int64)) != self.info[total]:
+            raise damaged(self.path, f"{name} does not add up to {total} {self.info[total]}")
+        return lengths_N
+
+    def shapes(self) -> np.ndarray:
+        """Which of part.json's shapes each document has; StoreError unless it is as it says."""
+        shape_N, counts = self.column("shape"), [count for *_, count in self.info["shapes"]]
+        known = shape_N.max(initial=0) < max(1, len(counts))
+        if not known or np.bincount(shape_N, minlength=len(counts)).tolist() != counts:
+            raise damaged(self.path, "shape does not count what part.json counts")
+        return shape_N
 
     def _stored(self, name: str) -> np.ndarray:
-        return self._wait(arrays.open_read(self.path / name).read().result)
+        return self._wait(self._open(name).read().result)
+
+    def _open(self, name: str) -> arrays.Array:
+        return self._wait(lambda: open_column(self.path, self.info, name))
 
     def gather(self, name: str, begins_N: np.ndarray, ends_N: np.ndarray) -> Callable:
         """Begins to read these ranges of a column; the result waits for them, end to end.
@@ -209,43 +249,57 @@ class Part:
         It raises StoreError if they are damaged.
         """
         if name not in self._arrays:
-            self._arrays[name] = arrays.open_read(self.path / name)
+            self._arrays[name] = self._open(name)
         wait = arrays.gather(self._arrays[name], begins_N, ends_N)
         return lambda: self._wait(wait)
 
     def keys(self) -> list[str]:
-        """The source keys of all documents, in order."""
-        return self.column("keys").tobytes().decode().split("\n")[:-1]
+        """The source keys of all documents, in order; StoreError if they are damaged."""
+        text = self._wait(lambda: self.column("keys").tobytes().decode())
+        if text.count("\n") != len(self):
+            raise damaged(self.path, f"it has keys of {text.count(chr(10))} documents")
+        return text.split("\n")[:-1]
 
     def verify(self) -> None:
         """Reads everything; StoreError for the first column that differs from its checksum."""
         for name, wanted in self.info["crc32c"].items():
             found = f"{checksum.crc32c(self._stored(name)):08x}"
             if found != wanted:
-                raise self._damaged(f"{name} has crc32c {found}, part.json says {wanted}")
+                raise damaged(self.path, f"{name} has crc32c {found}, part.json says {wanted}")
 
-    def _wait(self, wait: Callable) -> np.ndarray:
+    def _wait(self, wait: Callable) -> Any:
         try:
-            return np.asarray(wait())
+            return wait()
+        except StoreError:
+            raise
         except ValueError as error:
-            raise self._damaged(_first_line(error)) from error
+            raise damaged(self.path, first_line(error)) from error
 
-    def _damaged(self, reason: str) -> StoreError:
-        return StoreError(
-            f"{self.path} is damaged: {reason}; remove it and run its encode job again"
-        )
+
+def open_column(path: pathlib.Path, info: dict, name: str) -> arrays.Array:
+    """A column of a part, of which part.json says `info`, opened for reading.
+
+    Raises ValueError if it is not there, is none that `write` writes or not as long as it must be.
+    """
+    row = (_PAGES[name],) if name in _PAGES else ()
+    array = arrays.open_read(path / name, row, COLUMNS[name], _INNER[name])
+    count = -(-info[_SUMS[name]] // row[0]) if row else info["documents"]
+    if name != "keys" and array.shape[0] != count:
+        raise ValueError(f"{name} has {array.shape[0]} rows, part.json wants {count}")
+    size = array.size * array.dtype.numpy_dtype.itemsize
+    if (row or name == "keys") and size > part_info.column_bytes(info, name):
+        raise ValueError(f"{name} is of {size} bytes, more than its files")
+    return array
 
 
 def read_json(path: pathlib.Path) -> dict | None:
     """The object in a JSON file, None if there is no file; StoreError if it is no JSON."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except json.JSONDecodeError as error:
-        raise StoreError(
-            f"{path} is no JSON ({error}); remove {path.parent} and encode it again"
-        ) from error
+    try:
+        return untrusted.read_object(path)
+    except ValueError as error:
+        raise StoreError(f"{error}; remove {path.parent} and encode it again") from error
 
 
 def write_json(path: pathlib.Path, value: dict) -> None:
@@ -258,10 +312,11 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
     Several processes may write the same text at once. What killed ones left is removed.
     """
-    while not (path.exists() and path.read_text(encoding="utf-8") == text):
+    data = text.encode()
+    while not (path.exists() and path.read_bytes() == data):
         # Not the process id: those of two containers may be the same.
         written = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-        written.write_text(text, encoding="utf-8")
+        written.write_bytes(data)
         with contextlib.suppress(FileNotFoundError):  # removed by another that was done first
             os.replace(written, path)
     for left in path.parent.glob(f"{path.name}.*.tmp"):
@@ -302,5 +357,6 @@ def _columns(documents: list[Document]) -> tuple[dict[str, np.ndarray], list[lis
     return columns, [[*shape, counts[shape]] for shape in numbers]
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0][:200]
+def first_line(error: Exception) -> str:
+    """What a message of TensorStore begins with."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

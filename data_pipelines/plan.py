@@ -171,10 +171,10 @@ def read_size(file: pathlib.Path | BinaryIO) -> tuple[int, int]:
     Raises BadImage if it is none.
     """
     try:
-        with PIL.Image.open(file) as image:
+        with image_folder.open_image(file) as image:
             width, height = image.size
             # The class's method: a PNG's own decodes the file to look for EXIF behind the pixels.
             turned = PIL.Image.Image.getexif(image).get(PIL.ExifTags.Base.Orientation)
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError):
+    except Exception:
         return image_folder.read_image(file).shape[:2]  # says what is wrong
     return (width, height) if turned in _SIDEWAYS else (height, width)

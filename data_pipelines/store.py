@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from data_pipelines import arrays
+from data_pipelines import arrays, part_info
 from data_pipelines import parts as store_parts
 
 Document = store_parts.Document
@@ -34,9 +34,7 @@ def part_path(directory: str, part: int, parts: int) -> pathlib.Path:
 
 def finish(directory: str, parts: int, source: str, licence: str) -> bool:
     """Writes store.json once all parts are complete; returns whether they are."""
-    infos = [
-        store_parts.read_json(part_path(directory, p, parts) / "part.json") for p in range(parts)
-    ]
+    infos = [store_parts.read_part(part_path(directory, p, parts)) for p in range(parts)]
     if any(info is None for info in infos):
         return False
     same = ("schema", "vocabulary", "tokenizer", "dtype", "video")
@@ -54,6 +52,23 @@ def finish(directory: str, parts: int, source: str, licence: str) -> bool:
     }
     store_parts.write_json(pathlib.Path(directory) / "store.json", info)
     return True
+
+
+def read_info(directory: str | pathlib.Path) -> dict:
+    """What store.json says; StoreError if there is none, or none that can be so."""
+    path = pathlib.Path(directory)
+    info = store_parts.read_json(path / "store.json")
+    if info is None:
+        raise StoreError(_why_no_store(path))
+    store_parts.check_schema(f"store {directory}", info)
+    try:
+        part_info.check_store(info)
+    except ValueError as error:
+        raise StoreError(
+            f"store {directory} is damaged: in store.json, {error}; remove it and run its encode "
+            "job again"
+        ) from None
+    return info
 
 
 class Store:
@@ -75,10 +90,7 @@ class Store:
         another vocabulary or tokenizer.
         """
         self.directory = str(directory)
-        info = store_parts.read_json(pathlib.Path(directory) / "store.json")
-        if info is None:
-            raise StoreError(_why_no_store(pathlib.Path(directory)))
-        store_parts.check_schema(f"store {directory}", info)
+        info = read_info(directory)
         Fingerprints(vocabulary, tokenizer).check(f"store {directory}", info)
         if not info["documents"]:
             raise StoreError(f"store {directory} holds no documents; encode a source that has some")
@@ -90,6 +102,11 @@ class Store:
             for part in self._parts:
                 made_with.check(str(part.path), part.info)
             self._first_P = np.cumsum([0] + [len(part) for part in self._parts])
+            if len(self) != info["documents"]:
+                raise StoreError(
+                    f"store {directory} has {len(self)} documents, store.json says "
+                    f"{info['documents']}; remove store.json and run its encode job again"
+                )
             self._open_columns(pool)
 
     def _open_columns(self, pool: concurrent.futures.Executor) -> None:
@@ -107,11 +124,11 @@ class Store:
 
         def fill(number: int) -> None:
             part, here = self._parts[number], slice(*self._first_P[number : number + 2])
-            self.text_length_N[here] = part.column("text_length")
+            self.text_length_N[here] = part.counted("text_length", "text_tokens")
             mine_S = np.array([numbers[tuple(shape)] for *shape, _ in part.info["shapes"]], int)
-            self.shape_N[here] = mine_S.astype(self.shape_N.dtype)[part.column("shape")]
+            self.shape_N[here] = mine_S.astype(self.shape_N.dtype)[part.shapes()]
             if part.info["conversations"]:
-                self.turn_count_N[here] = part.column("turn_count")
+                self.turn_count_N[here] = part.counted("turn_count", "turns")
 
         list(pool.map(fill, range(len(self._parts))))
 

@@ -11,7 +11,6 @@ import bisect
 import dataclasses
 import gzip
 import itertools
-import json
 import os
 import pathlib
 import sys
@@ -23,6 +22,7 @@ import pyarrow
 import pyarrow.parquet
 
 from data_pipelines import chat
+from emu3_jax import untrusted
 
 DOCUMENTS = ("file", "blank", "line")
 _LONGEST = 1 << 26  # bytes of a record; a longer one is bad, so that memory is bounded
@@ -144,7 +144,7 @@ class TextFiles:
         if not json_lines:
             return usable(text)
         try:
-            entry = json.loads(text)
+            entry = untrusted.parse(text)
         except ValueError as error:
             raise ValueError(f"no JSON ({error})") from None
         if not isinstance(entry, dict) or self._field not in entry:

@@ -30,7 +30,9 @@ class ConvertTfds:
 
     def run(self) -> None:
         """Writes what is missing; dataset_info.json, which makes it a data set, comes last."""
-        info = _info(self.source)
+        from data_pipelines import tfds_images  # TFDS takes seconds to import
+
+        info = tfds_images.open_builder(self.source).info
         kind = info.file_format.value
         if kind == _FORMAT:
             raise ValueError(f"{self.source} is in {_FORMAT} files already; use it as it is")
@@ -60,17 +62,6 @@ class ConvertTfds:
         part = path.with_name(path.name + ".tmp")
         writes.write_examples(part, enumerate(_records(reads, source)))
         os.replace(part, path)
-
-
-def _info(directory: str) -> Any:
-    import tensorflow_datasets as tfds
-
-    try:
-        return tfds.builder_from_directory(directory).info
-    except (OSError, tfds.core.dataset_info.DatasetInfoFileError) as error:
-        raise ValueError(
-            f"{directory} is no TFDS data set; give the directory that holds {_INFO}"
-        ) from error
 
 
 def _renamed(name: str, kind: str) -> str:

@@ -4,13 +4,15 @@ It must be prepared in array_record files: those give any record by its number.
 """
 
 import io
-from collections.abc import Callable
+import pathlib
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 from data_pipelines import image_folder, sources
+from emu3_jax import untrusted
 
 
 class TfdsImages:
@@ -29,12 +31,7 @@ class TfdsImages:
 
         Raises ValueError for a directory, split or feature that is not there or cannot be used.
         """
-        try:
-            builder = tfds.builder_from_directory(directory)
-        except (OSError, tfds.core.dataset_info.DatasetInfoFileError) as error:
-            raise ValueError(
-                f"{directory} is no TFDS data set; give the directory that holds dataset_info.json"
-            ) from error
+        builder = open_builder(directory)
         self._directory, self._split, self._image = directory, split, image
         self._features = builder.info.features
         self._check(image, "Image", tfds.features.Image)
@@ -67,7 +64,11 @@ class TfdsImages:
     def _example(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        return self._source[index]
+        try:
+            return self._source[index]
+        except Exception as error:  # TFDS and array_record raise whatever they come across
+            name = f"{self._directory}: {self._split}/{index}"
+            raise image_folder.BadFile(f"{name} cannot be read ({_first_line(error)})") from error
 
     def _open(self, builder: Any) -> Any:
         format = builder.info.file_format.value
@@ -85,7 +86,7 @@ class TfdsImages:
         try:
             return builder.as_data_source(self._split, decoders=decoders)
         except ValueError as error:
-            raise ValueError(f"{self._directory}: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"{self._directory}: {_first_line(error)}") from error
 
     def _caption_reader(self, caption: str) -> Callable[[dict], str]:
         if not caption:
@@ -102,6 +103,39 @@ class TfdsImages:
         if not isinstance(self._features[name], kinds):
             kind = type(self._features[name]).__name__
             raise ValueError(f"{self._directory}: {name!r} is of kind {kind}; take one of {wanted}")
+
+
+def open_builder(directory: str) -> Any:
+    """What TFDS knows of a prepared data set; ValueError if it is none or damaged.
+
+    TFDS imports the classes that features.json names, so none but its own may stand there.
+    """
+    path = pathlib.Path(directory)
+    if not (path / "dataset_info.json").is_file():
+        raise ValueError(
+            f"{directory} is no TFDS data set; give the directory that holds dataset_info.json"
+        )
+    if (path / "features.json").is_file():
+        for name in _class_names(untrusted.read_object(path / "features.json")):
+            if not name.startswith("tensorflow_datasets.core.features."):
+                raise ValueError(f"{directory} has features of {untrusted.short(name)}, not TFDS's")
+    try:
+        return tfds.builder_from_directory(directory)
+    except Exception as error:  # TFDS raises whatever it comes across
+        raise ValueError(f"{directory} is damaged ({_first_line(error)}); get it anew") from error
+
+
+def _class_names(value: Any) -> Iterator[str]:
+    for key in ("pythonClassName", "python_class_name", "type"):  # the last in old ones
+        if isinstance(value, dict) and isinstance(value.get(key), str):
+            yield value[key]
+    for child in value.values() if isinstance(value, dict) else value:
+        if isinstance(child, dict | list):
+            yield from _class_names(child)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _reader(name: str, feature: Any) -> Callable[[dict], Any] | None:

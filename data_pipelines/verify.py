@@ -5,7 +5,7 @@ import dataclasses
 import pathlib
 import time
 
-from data_pipelines import arrays, checksum, parts, store
+from data_pipelines import checksum, parts, store
 from emu3_jax import metrics
 
 
@@ -49,11 +49,7 @@ class Verify:
 
     def damages(self) -> list[Damage]:
         """All damages, each printed when it is found; StoreError if there is no store."""
-        directory = pathlib.Path(self.store)
-        info = parts.read_json(directory / "store.json")
-        if info is None:
-            store.Store(self.store)  # says what is missing
-        parts.check_schema(f"store {directory}", info)
+        info = store.read_info(self.store)
         damages, columns = [], []
         for part in range(info["parts"]):
             path = store.part_path(self.store, part, info["parts"])
@@ -76,7 +72,7 @@ class Verify:
 def _sizes(path: pathlib.Path) -> tuple[list[Damage], dict[str, int]]:
     """What a part's files show without being read, and the bytes of each column worth reading."""
     try:
-        info = parts.read_json(path / "part.json")
+        info = parts.read_part(path)
     except store.StoreError as error:
         return [Damage(path.name, "part.json", str(error))], {}
     if info is None:
@@ -94,13 +90,14 @@ def _sizes(path: pathlib.Path) -> tuple[list[Damage], dict[str, int]]:
 
 def _read(path: pathlib.Path, column: str) -> Damage | None:
     """Reads a column; what is wrong with it, if anything."""
-    wanted = parts.read_json(path / "part.json")["crc32c"][column]
+    info = parts.read_part(path)
     try:
-        values_E = arrays.open_read(path / column).read().result()
+        values_E = parts.open_column(path, info, column).read().result()
     except ValueError as error:
-        return Damage(path.name, column, f"cannot be read: {str(error).splitlines()[0][:200]}")
+        return Damage(path.name, column, f"cannot be read: {parts.first_line(error)}")
     found = f"{checksum.crc32c(values_E):08x}"
-    if found != wanted:
+    if found != info["crc32c"][column]:
+        wanted = info["crc32c"][column]
         return Damage(path.name, column, f"has crc32c {found}, part.json says {wanted}")
     return None
 

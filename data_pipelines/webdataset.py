@@ -14,7 +14,6 @@ Legend: N records of a tar, F files of a record (media, txt, json), 2 first byte
 import concurrent.futures
 import dataclasses
 import io
-import json
 import os
 import pathlib
 import re
@@ -24,6 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from data_pipelines import entries, image_folder, sources
+from emu3_jax import tar, untrusted
 
 _FILES = ("media", "txt", "json")
 _NAME = re.compile(r"(?P<key>(?:.*/)?[^./][^./]*)\.(?P<ending>[^/]+)")
@@ -96,8 +96,11 @@ class _Shard:
         return None if start < 0 else (start, length)
 
     def read(self, row: int, kind: str) -> bytes | None:
-        """A file of a record as a whole."""
+        """A file of a record as a whole; BadFile if it is too long."""
         place = self.place(row, kind)
+        if place and place[1] > entries.LONGEST:
+            name = f"{self.file_name(row)}: its .{kind}"
+            raise image_folder.BadFile(f"{name} has {place[1]} bytes, more than {entries.LONGEST}")
         return place and _Section(self.path, self.file_name(row), *place).readall()
 
 
@@ -156,22 +159,17 @@ def _files(path: pathlib.Path) -> list[tuple[str, int, int]]:
     """Name, first byte and length of all files in a tar; ValueError if it is none or not whole."""
     advice = "get it anew, or leave it out of shards"
     try:
-        with tarfile.open(path, "r:") as tar:
-            found = [(m.name, m.offset_data, m.size) for m in tar if m.isreg() and not m.sparse]
-            # A damaged header ends a tar for Python; a whole one ends in blocks of zeros.
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise ValueError(f"{path} is damaged or cut short at byte {tar.offset}; {advice}")
-    except tarfile.TarError as error:
-        raise ValueError(f"{path} is no tar, or cut short ({error}); {advice}") from error
-    return found
+        with path.open("rb") as file:
+            return list(tar.files(file))
+    except tarfile.ReadError as error:
+        raise ValueError(f"{path} is {error}; {advice}") from error
 
 
 def _columns(shard: _Shard, row: int) -> dict[str, Any]:
     """The numbers and strings of a record's .json."""
     text = shard.read(row, "json")
     try:
-        values = json.loads(text or b"{}")
+        values = untrusted.parse(text or b"{}")
     except ValueError as error:
         raise image_folder.BadFile(f"{shard.file_name(row)}: its .json is none ({error})") from None
     if not isinstance(values, dict):

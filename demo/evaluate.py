@@ -10,6 +10,7 @@ import pathlib
 import numpy as np
 
 from data_pipelines import image_folder, openmoji
+from emu3_jax import untrusted
 from tokenizer import convert, evaluate
 
 MEANING = {
@@ -77,7 +78,7 @@ class Drawn:
     def __init__(self, directory: str, name: str):
         path = pathlib.Path(directory, name)
         self.entries = json.loads(path.with_suffix(".json").read_text())
-        self.pixels = dict(np.load(path.with_suffix(".npz")))
+        self.pixels = untrusted.read_arrays(path.with_suffix(".npz"))
 
     def exact_captions(self) -> float:
         """The share of captions that are right to the letter."""

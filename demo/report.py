@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 
 from demo import evaluate
-from emu3_jax import metrics
+from emu3_jax import goodput, metrics
 from tokenizer import report
 
 AIMS = {  # what the demo is asked to reach
@@ -58,6 +58,7 @@ class Report:
             _curves(self.run_dir, "decoder", ("loss_text", "loss_vision"), "nats a token"),
             _curves(self.run_dir, "tokenizer", ("psnr",), "PSNR of the batch, dB"),
             "<h2>Time</h2>", _times(seconds),
+            *(_goodput(run_dir / stage) for stage in ("tokenizer", "decoder")),
             "<p class=said>Pictures: OpenMoji, CC BY-SA 4.0.</p>",
         ]  # fmt: skip
         path = run_dir / "report.html"
@@ -122,3 +123,8 @@ def _times(seconds: dict[str, float]) -> str:
     rows = [f"<tr><td>{stage}<td>{metrics.time_left(s)}" for stage, s in seconds.items()]
     total = f"<tr><th>all<th>{metrics.time_left(sum(seconds.values()))}"
     return f"<table><tr><th>stage<th>time{''.join(rows)}{total}</table>"
+
+
+def _goodput(run_dir: pathlib.Path) -> str:
+    text = html.escape(goodput.table(goodput.read(str(run_dir))))
+    return f"<h3>Training of the {run_dir.name}</h3><pre>{text}</pre>"

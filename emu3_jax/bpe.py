@@ -28,6 +28,7 @@ SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+LARGEST = 2**26  # bytes of a ranks file; Emu3's has 2,561,218
 EMU3_SHA256 = "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186"
 EMU3_PACKAGE = "dashscope==2.0.2"
 EMU3_MEMBER = "dashscope/resources/qwen.tiktoken"
@@ -109,6 +110,8 @@ def read(path: str | os.PathLike, sha256: str | None = None) -> dict[bytes, int]
     path = pathlib.Path(path)
     if not path.is_file():
         raise ValueError(f"no ranks file {path}; give the path of a .tiktoken file")
+    if path.stat().st_size > LARGEST:
+        raise ValueError(f"ranks file {path} has more than {LARGEST:,} bytes; give the right file")
     data = path.read_bytes()
     found = hashlib.sha256(data).hexdigest()
     if sha256 is not None and found != sha256:

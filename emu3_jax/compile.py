@@ -11,7 +11,8 @@ import jax
 from jax.experimental import serialize_executable, topologies
 
 from emu3_jax import config, hlo
-from emu3_jax.train import DoesNotFit, Train, fitting, memory_limit, memory_needed
+from emu3_jax.fit import DoesNotFit, fitting, memory_limit, memory_needed
+from emu3_jax.train import Train
 
 GIB = 2**30
 

@@ -10,6 +10,8 @@ import runpy
 from absl import flags
 from ml_collections import config_flags
 
+from emu3_jax import untrusted
+
 EXAMPLES = dict(config="configs/demo.py", job="launch/jobs/emu3_8b_stage1.py")
 
 
@@ -42,10 +44,10 @@ def load(argv: list[str], name: str = "config"):
             _check_field(default, arg.split("=", 1)[0])
     values = flags.FlagValues()
     fields = [arg for arg in argv if not arg.startswith(f"{flag}=")]
-    holder = config_flags.DEFINE_config_dataclass(
-        name, default, flag_values=values, sys_argv=fields
-    )
     try:
+        holder = config_flags.DEFINE_config_dataclass(
+            name, default, flag_values=values, sys_argv=fields
+        )
         values(["launch", *fields])
     except flags.Error as error:
         raise ValueError(f"{str(error).removeprefix('flag ')}") from None
@@ -88,15 +90,39 @@ def differences(old, new, name: str = "") -> list[str]:
 
 
 def from_json(value):
-    """What `to_json` wrote, sequences as tuples. Raises ValueError for a foreign class."""
+    """What `to_json` wrote, sequences as tuples.
+
+    Raises ValueError for a class that is no dataclass of this project, or has not these fields:
+    what a checkpoint says is made of configurations alone, and calls nothing else.
+    """
+    untrusted.check_depth(value)
+    return _from_json(value)
+
+
+def _from_json(value):
     if isinstance(value, list):
-        return tuple(from_json(v) for v in value)
+        return tuple(_from_json(v) for v in value)
     if not isinstance(value, dict):
         return value
-    fields = {key: from_json(v) for key, v in value.items() if key != "class"}
+    fields = {key: _from_json(v) for key, v in value.items() if key != "class"}
     if "class" not in value:
         return fields
-    module, _, name = value["class"].partition(":")
+    try:
+        return _class(value["class"])(**fields)
+    except TypeError as error:  # fields that the class has not, or of a kind that it cannot take
+        raise ValueError(f"config of class {value['class']!r}: {error}") from None
+
+
+def _class(name: str) -> type:
+    """The dataclass of this project that `to_json` calls `name`, MODULE:NAME."""
+    module, _, place = name.partition(":") if isinstance(name, str) else ("", "", "")
     if module.split(".")[0] not in ("emu3_jax", "tokenizer", "data_pipelines", "demo", "tests"):
-        raise ValueError(f"config names class {value['class']!r}, which is not of this project")
-    return getattr(importlib.import_module(module), name)(**fields)
+        raise ValueError(f"config names class {name!r}, which is not of this project")
+    try:
+        found = getattr(importlib.import_module(module), place, None)
+    except ImportError:
+        found = None
+    ours = isinstance(found, type) and dataclasses.is_dataclass(found)
+    if not ours or found.__module__ != module:
+        raise ValueError(f"config names class {name!r}, which this version does not have")
+    return found

@@ -132,8 +132,8 @@ def _leaves(model: Transformer) -> Iterator[tuple[tuple[str, ...], Param]]:
         yield tuple(entry.key for entry in path), param
 
 
-def _weights(model: Transformer) -> list[_Weight]:
-    """The published tensors of a model, in the order of a forward pass."""
+def _weights(model: Transformer) -> Iterator[_Weight]:
+    """Yields the published tensors of a model, in the order of a forward pass."""
     declared = dict(_leaves(model))
 
     def weight(path, layer, name, out, into):
@@ -144,12 +144,11 @@ def _weights(model: Transformer) -> list[_Weight]:
         return _Weight(name, path, layer, tuple(shape), bool(into) and dims == into + out)
 
     first, *last = [weight(path, None, *names) for path, names in _WHOLE.items()]
-    layers = [
-        weight(path, layer, f"model.layers.{layer}.{name}", out, into)
-        for layer in range(model.layers)
-        for path, (name, out, into) in _LAYER.items()
-    ]
-    return [first, *layers, *last]
+    yield first
+    for layer in range(model.layers):
+        for path, (name, out, into) in _LAYER.items():
+            yield weight(path, layer, f"model.layers.{layer}.{name}", out, into)
+    yield from last
 
 
 def _stored(path: str, model: Transformer) -> dict[str, shards.Tensor]:

@@ -30,3 +30,7 @@ MEANING = {
     137: "killed: out of memory, or too slow to stop",
     139: "crashed",
 }
+
+
+class GaveUp(Exception):
+    """Another attempt would end the same: ends with GAVE_UP, and the message says why."""

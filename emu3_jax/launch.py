@@ -2,23 +2,45 @@
 
 A config file returns a job, a dataclass with `run()`. Training the tokenizer, encoding, training
 the decoder, generating, converting: each is a job, started the same way on a laptop or a pod.
-What a user can cause ends with one line and exit code 2, divergence with 78, training that SIGTERM
-told to stop, once it has saved, with 42.
+What a user can cause ends with one line. The exit code says what to do next (exit_codes.py).
 
 Several processes are one run where each has EMU3_NUM_PROCESSES, its own EMU3_PROCESS_ID and
 JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0), or where the scheduler of a TPU pod or Slurm says
-so. EMU3_INITIALIZATION_TIMEOUT, EMU3_HEARTBEAT_TIMEOUT and EMU3_SHUTDOWN_TIMEOUT are in seconds.
+so. In a pod of a JobSet, EMU3_SLICE_ID and EMU3_HOSTS_PER_SLICE stand for EMU3_PROCESS_ID, with
+Kubernetes' own JOB_COMPLETION_INDEX. EMU3_INITIALIZATION_TIMEOUT, EMU3_HEARTBEAT_TIMEOUT and
+EMU3_SHUTDOWN_TIMEOUT are in seconds.
 """
 
 import os
+import signal
 import sys
-import warnings
+import time
 
-import jax
+from emu3_jax import exit_codes
 
-from emu3_jax import config, exit_codes, preemption
+BEGAN = time.monotonic()
+
+if __name__ == "__main__":  # before all that takes time; a container's first process has no default
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(exit_codes.TERMINATED))
+
+import traceback  # noqa: E402
+import warnings  # noqa: E402
+
+import jax  # noqa: E402
+from jax._src import distributed  # noqa: E402
+
+from emu3_jax import config, ledger, preemption  # noqa: E402
 
 EXPLICIT = ("EMU3_NUM_PROCESSES", "EMU3_PROCESS_ID", "JAX_COORDINATOR_ADDRESS")
+POD = ("EMU3_SLICE_ID", "EMU3_HOSTS_PER_SLICE", "JOB_COMPLETION_INDEX")
+TOLD = {
+    exit_codes.USAGE: "error: {}",
+    exit_codes.GAVE_UP: "gave up: {}",
+    exit_codes.PREEMPTED: "preempted: {}; the same command goes on from there",
+    exit_codes.INTERRUPTED: "\ninterrupted; the same command goes on from the last checkpoint",
+    exit_codes.TRANSIENT: "failed: {}; the same command goes on from the last checkpoint",
+}
+LEAVING = 30  # seconds in which processes that come to the same end do so
 
 
 def main(argv: list[str]) -> int:
@@ -27,22 +49,40 @@ def main(argv: list[str]) -> int:
     try:
         job = config.load(argv)
         join(os.environ)
-        job.run()
-    except ValueError as error:
-        if os.environ.get("EMU3_JAX_TRACEBACK"):
+        with preemption.heeded(job):
+            ledger.loaded(BEGAN)
+            job.run()
+    except (Exception, preemption.Preempted, KeyboardInterrupt) as error:
+        code = ledger.exit_code(error)
+        if code == exit_codes.USAGE and os.environ.get("EMU3_JAX_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print(f"diverged: {error}", file=sys.stderr)
-        return 78
-    except preemption.Preempted as notice:
-        print(f"preempted: {notice}; the same command goes on from there", file=sys.stderr)
-        return exit_codes.PREEMPTED
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    return 0
+        if code in (exit_codes.FAILED, exit_codes.TRANSIENT):
+            traceback.print_exc()
+        if code in TOLD:
+            print(TOLD[code].format(error), file=sys.stderr)
+        return code
+    return exit_codes.DONE
+
+
+def leave(code: int) -> None:
+    """Ends the process, one of several without JAX's own farewell.
+
+    That waits minutes for processes that died or hang, and then aborts with another code. Where all
+    come to the same end, none leaves before: the first one is where the others meet.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    failed = code in (exit_codes.TRANSIENT, exit_codes.FAILED)  # threads may wait for ever
+    if jax.distributed.is_initialized() and jax.process_count() > 1 and not failed:
+        client = distributed.global_state.client
+        try:
+            client.wait_at_barrier("emu3_jax_leaves", timeout_in_ms=LEAVING * 1000)
+            jax.distributed.shutdown()
+        except jax.errors.JaxRuntimeError:
+            failed = True  # the others came to another end, which is theirs to tell
+    if failed:
+        os._exit(code)
+    sys.exit(code)
 
 
 def join(environ) -> None:
@@ -55,7 +95,7 @@ def join(environ) -> None:
         heartbeat_timeout_seconds=_number(environ, "EMU3_HEARTBEAT_TIMEOUT", 100),
         shutdown_timeout_seconds=_number(environ, "EMU3_SHUTDOWN_TIMEOUT", 300),
     )
-    if "EMU3_NUM_PROCESSES" in environ or "EMU3_PROCESS_ID" in environ:
+    if not {"EMU3_NUM_PROCESSES", "EMU3_PROCESS_ID", "EMU3_SLICE_ID"}.isdisjoint(environ):
         jax.distributed.initialize(**_place(environ), **timeouts)
     elif _many_processes(environ):
         try:
@@ -67,9 +107,13 @@ def join(environ) -> None:
 
 def _place(environ) -> dict:
     """Which process this is, of how many, and where they meet, as JAX's arguments."""
-    if missing := [name for name in EXPLICIT if name not in environ]:
-        raise ValueError(f"{missing[0]} is not set; each process needs {', '.join(EXPLICIT)}")
-    count, index = (_number(environ, name) for name in EXPLICIT[:2])
+    names = EXPLICIT
+    if "EMU3_SLICE_ID" in environ and "EMU3_PROCESS_ID" not in environ:
+        names = (EXPLICIT[0], *POD, EXPLICIT[2])
+    if missing := [name for name in names if name not in environ]:
+        raise ValueError(f"{missing[0]} is not set; each process needs {', '.join(names)}")
+    count, *index = (_number(environ, name) for name in names[:-1])
+    index = index[0] if len(index) == 1 else index[0] * index[1] + index[2]
     if index >= count:
         raise ValueError(f"EMU3_PROCESS_ID={index}: EMU3_NUM_PROCESSES={count} are counted from 0")
     address = environ["JAX_COORDINATOR_ADDRESS"]
@@ -103,4 +147,4 @@ def _many_processes(environ) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

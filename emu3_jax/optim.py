@@ -36,9 +36,10 @@ class AdamW:
             0.0, self.rate, warmup, steps, self.rate * self.final
         )
 
-    def make(self, steps: int, decays, groups=None) -> optax.GradientTransformation:
+    def make(self, steps: int, decays, groups=None) -> optax.GradientTransformationExtraArgs:
         """The optimizer; `decays` is a tree of bools, True where weight decay applies.
 
+        Its arrays stay as they were in an update with the argument `ok`, where that is False.
         `groups` is a tree of names: weights of one name are clipped by the norm of their gradients.
         """
         adamw = optax.adamw(self.schedule(steps), self.b1, self.b2, self.eps,
@@ -51,10 +52,10 @@ class AdamW:
 
 def kept(
     inner: optax.GradientTransformation, dtype: str, offload: bool
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """`inner`, its arrays kept as `dtype`, and on the host if asked, from one update to the next.
 
-    Scalars (counts) stay as they are.
+    Scalars (counts) stay as they are. Where `ok` is False, so does everything.
     """
 
     def put(tree, dtype, space):
@@ -69,9 +70,10 @@ def kept(
     def init(params):
         return put(inner.init(params), dtype, jax.memory.Space.Host)
 
-    def update(grads, state, params):
-        state = put(state, jnp.float32, jax.memory.Space.Device)
-        updates, state = inner.update(grads, state, params)
-        return updates, put(state, dtype, jax.memory.Space.Host)
+    def update(grads, state, params, *, ok=True):
+        old = put(state, jnp.float32, jax.memory.Space.Device)
+        updates, new = inner.update(grads, old, params)
+        new = optax.tree.where(ok, new, old)  # before they leave the devices' memory
+        return updates, put(new, dtype, jax.memory.Space.Host)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -6,6 +6,7 @@ pip's own index search and session, with the user's settings, are called from a 
 own: this file, run as a program. Where the running Python has no pip, uv lends one.
 """
 
+import gzip
 import hashlib
 import importlib.util
 import os
@@ -22,6 +23,10 @@ from collections.abc import Mapping
 
 LARGEST = 512 * 2**20  # bytes of an archive, and of one member
 PATIENCE = 300  # seconds for one download
+_BROKEN = (  # archives, as the standard library says it; zipfile of encrypted ones: RuntimeError
+    OSError, EOFError, RuntimeError, UnicodeDecodeError, tarfile.TarError, zipfile.BadZipFile,
+    zlib.error,
+)  # fmt: skip
 
 
 def fetch(
@@ -113,7 +118,7 @@ def _read_members(archive: pathlib.Path, members: list[str], requirement: str) -
     read = _read_wheel if archive.suffix == ".whl" else _read_source
     try:
         found = read(archive, members)
-    except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as error:
+    except _BROKEN as error:
         raise ValueError(f"{archive.name} of {requirement} cannot be read: {error}") from None
     for member in members:
         if member not in found:
@@ -127,18 +132,22 @@ def _read_wheel(archive: pathlib.Path, members: list[str]) -> dict[str, bytes]:
         for info in wheel.infolist():
             if info.filename in members:
                 _check_size(info.filename, info.file_size)
-                found[info.filename] = wheel.read(info)
+                with wheel.open(info) as file:  # no more than it says, whatever it unpacks to
+                    found[info.filename] = file.read(info.file_size)
     return found
 
 
 def _read_source(archive: pathlib.Path, members: list[str]) -> dict[str, bytes]:
+    from emu3_jax import tar  # not above: this file is also a program of its own
+
     found = {}
-    with tarfile.open(archive, "r:gz") as source:
-        for info in source:
-            member = info.name.partition("/")[2]
-            if info.isfile() and member in members:
-                _check_size(member, info.size)
-                found[member] = source.extractfile(info).read()
+    with gzip.open(archive) as source:
+        for name, start, size in tar.files(source):
+            member = name.partition("/")[2]
+            if member in members:
+                _check_size(member, size)
+                source.seek(start)
+                found[member] = source.read(size)
     return found
 
 
@@ -168,7 +177,8 @@ def _download_with_pip(requirement: str, directory: str) -> None:
         reply = session.get(best.link.url_without_fragment, headers=headers, stream=True)
         reply.raise_for_status()
         size = 0
-        with open(pathlib.Path(directory) / best.link.filename, "wb") as file:
+        file_name = pathlib.PurePath(best.link.filename).name  # unquoted, so it may have slashes
+        with open(pathlib.Path(directory) / file_name, "wb") as file:
             for part in reply.iter_content(2**20):
                 size += file.write(part)
                 if size > LARGEST:

@@ -5,11 +5,10 @@ the decoder's settings under text_config and the vision tokenizer's under vq_con
 """
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
-from emu3_jax import processor, shards
+from emu3_jax import processor, shards, untrusted
 from emu3_jax import vocab as vocab_lib
 from emu3_jax.transformer import Transformer
 
@@ -51,10 +50,10 @@ def recognise(path: str) -> str:
             f"{path} is no known checkpoint: it has neither config.json beside *.safetensors "
             "(official, hf) nor checkpoints/ (emu3_jax)"
         )
-    kind = _json(root / "config.json").get("model_type")
-    if kind not in _TYPES:
+    kind = untrusted.read_object(root / "config.json").get("model_type")
+    if kind not in [*_TYPES]:  # which need not be hashable
         raise ValueError(
-            f"{path} is no Emu3 decoder: its config.json says model_type {kind!r}, "
+            f"{path} is no Emu3 decoder: its config.json says model_type {untrusted.short(kind)}, "
             "expected 'Emu3' (official) or 'emu3' (hf)"
         )
     return _TYPES[kind]
@@ -62,22 +61,26 @@ def recognise(path: str) -> str:
 
 def describe(path: str) -> tuple[Transformer, Release]:
     """Returns what config.json of an official or hf directory says; ValueError if not an Emu3."""
-    layout = recognise(path)
-    config = _json(pathlib.Path(path) / "config.json")
+    root = pathlib.Path(path)
+    layout, config = recognise(path), untrusted.read_object(root / "config.json")
+    images = root / "preprocessor_config.json"
+    pixels = {**_PIXELS, **(untrusted.read_object(images) if images.is_file() else {})}
     if layout == "hf":
         config = {"text_config": {}, "vocabulary_map": {}, **config}
-        text = {**_TEXT_DEFAULTS, **config["text_config"]}
-        ids = _hf_ids(path, text, config["vocabulary_map"])
-    else:
-        text = {**_TEXT_DEFAULTS, **config}
-        ids = _official_ids(path, text)
+        objects = dict.fromkeys(("text_config", "vocabulary_map"), untrusted.mapping)
+        _check_kinds(path, config, objects)
+    text = {**_TEXT_DEFAULTS, **(config["text_config"] if layout == "hf" else config)}
+    _check_text(path, text)
+    _check_kinds(path, pixels, dict.fromkeys(_PIXELS, untrusted.size))
+    hf = layout == "hf"
+    ids = _hf_ids(path, text, config["vocabulary_map"]) if hf else _official_ids(path, text)
     _check_supported(path, text)
     model = Transformer(
         layers=text["num_hidden_layers"],
         width=text["hidden_size"],
         heads=text["num_attention_heads"],
-        kv_heads=text["num_key_value_heads"] or text["num_attention_heads"],
-        head_dim=text["head_dim"] or text["hidden_size"] // text["num_attention_heads"],
+        kv_heads=text["num_key_value_heads"],
+        head_dim=text["head_dim"],
         ffn=text["intermediate_size"],
         vocab=text["vocab_size"],
         rope_theta=float((text["rope_parameters"] or text)["rope_theta"]),
@@ -86,8 +89,6 @@ def describe(path: str) -> tuple[Transformer, Release]:
         init_std=text["initializer_range"],
         first_visual=ids.visual,
     )
-    images = pathlib.Path(path) / "preprocessor_config.json"
-    pixels = {**_PIXELS, **(_json(images) if images.is_file() else {})}
     return model, Release(
         context=text["max_position_embeddings"],
         image_area=text["image_area"],
@@ -132,6 +133,11 @@ def generation_config(model: Transformer, release: Release) -> dict[str, Any]:
     )
 
 
+_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "max_position_embeddings", "image_area",
+)  # fmt: skip
+_NUMBERS = ("rms_norm_eps", "attention_dropout", "initializer_range")
 _PIXELS = dict(min_pixels=512 * 512, max_pixels=1024 * 1024)
 # What a config.json that leaves a field out means: Emu3's own sizes, in either layout.
 _TEXT_DEFAULTS = dict(
@@ -165,6 +171,26 @@ _TEXT_DEFAULTS = dict(
 )
 
 
+def _check_kinds(path: str, record: dict[str, Any], fields: dict[str, Any]) -> None:
+    try:
+        untrusted.check(record, fields)
+    except ValueError as error:
+        raise ValueError(f"{path}: in its settings {error}") from None
+
+
+def _check_text(path: str, text: dict[str, Any]) -> None:
+    """ValueError for a size or number that is none; fills in those that follow from others."""
+    for field in ("rope_parameters", "rope_scaling"):
+        text[field] = {} if text[field] is None else text[field]
+        _check_kinds(path, text, {field: untrusted.mapping})
+    text["num_key_value_heads"] = text["num_key_value_heads"] or text["num_attention_heads"]
+    _check_kinds(path, text, dict.fromkeys(_SIZES, untrusted.size))
+    _check_kinds(path, text, dict.fromkeys(_NUMBERS, untrusted.number))
+    _check_kinds(path, text["rope_parameters"] or text, dict(rope_theta=untrusted.number))
+    text["head_dim"] = text["head_dim"] or text["hidden_size"] // text["num_attention_heads"]
+    _check_kinds(path, text, dict(head_dim=untrusted.size))
+
+
 def _check_supported(path: str, text: dict[str, Any]) -> None:
     required = dict(
         hidden_act="silu", mlp_bias=False, attention_bias=False, tie_word_embeddings=False
@@ -175,7 +201,7 @@ def _check_supported(path: str, text: dict[str, Any]) -> None:
                 f"{path}: config.json has {field} {text[field]!r}; Emu3's decoder has {value!r}"
             )
     for field in ("rope_parameters", "rope_scaling"):
-        kind = (text[field] or {}).get("rope_type", "default")
+        kind = text[field].get("rope_type", "default")
         if kind != "default":
             raise ValueError(
                 f"{path}: config.json has {field} of type {kind!r}; Emu3's decoder has 'default'"
@@ -183,6 +209,7 @@ def _check_supported(path: str, text: dict[str, Any]) -> None:
 
 
 def _official_ids(path: str, text: dict[str, Any]) -> vocab_lib.Ids:
+    _check_kinds(path, text, {f"{name}_token_id": untrusted.count for name in _CONTROLS})
     named = {name: text[f"{name}_token_id"] for name in _CONTROLS}
     visual = text["eoi_token_id"] + 1
     if not visual < text["vocab_size"]:
@@ -199,6 +226,7 @@ def _hf_ids(path: str, text: dict[str, Any], names: dict[str, int]) -> vocab_lib
     missing = [name for name in wanted if name not in names]
     if missing:
         raise ValueError(f"{path}: config.json's vocabulary_map lacks {missing[0]!r}")
+    _check_kinds(path, names, dict.fromkeys(wanted, untrusted.count))
     first, last = names[wanted[-2]], names[wanted[-1]]
     if last - first != codes - 1:
         raise ValueError(
@@ -208,7 +236,8 @@ def _hf_ids(path: str, text: dict[str, Any], names: dict[str, int]) -> vocab_lib
     named = {name: names[string] for name, string in _HF_NAMES.items()}
     for name in ("pad", "bos", "eos"):
         given = text[f"{name}_token_id"]
-        named[name] = given[0] if isinstance(given, list) else given
+        named[name] = given[0] if isinstance(given, list) and given else given
+    _check_kinds(path, named, dict.fromkeys(named, untrusted.count))
     return vocab_lib.Ids(visual=first, codes=codes, **named)
 
 
@@ -266,10 +295,3 @@ def _hf_config(model, ids, release, dtype, vq_config) -> dict[str, Any]:
         tie_word_embeddings=False,
         vocabulary_map=processor.vocabulary_map(ids),
     )
-
-
-def _json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no readable JSON: {error}") from None

@@ -15,6 +15,8 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from emu3_jax import untrusted
+
 CHUNK_BYTES = 64 * 2**20
 SHARD_BYTES = 5_000_000_000
 _DTYPES = {
@@ -44,6 +46,11 @@ class Tensor:
         """Its size in bytes."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
+    def read(self) -> np.ndarray:
+        """All of it, in memory."""
+        pieces = [chunk.reshape(-1) for chunk in self.chunks()]
+        return np.concatenate([np.empty(0, self.dtype), *pieces]).reshape(self.shape)
+
     @classmethod
     def of(cls, name: str, array: np.ndarray) -> "Tensor":
         """An array that is already in memory."""
@@ -64,15 +71,16 @@ def is_there(path: pathlib.Path) -> bool:
     return path.is_dir() and any(path.glob("*.safetensors"))
 
 
-def read(path: pathlib.Path) -> dict[str, Tensor]:
+def read(path: pathlib.Path, prefix: str = "") -> dict[str, Tensor]:
     """Returns the tensors of a directory by name; nothing is read yet but the headers.
 
-    With an index, exactly the files it names are read. ValueError for a missing or broken file or a
-    tensor that the index misplaces.
+    None but those whose names begin with `prefix`. With an index, exactly the files it names for
+    them are read. ValueError for a missing or broken file, one that the index looks for elsewhere,
+    or a tensor that it misplaces.
     """
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        place = json.loads(index.read_text())["weight_map"]
+        place = {name: file for name, file in _weight_map(index).items() if name.startswith(prefix)}
         files = sorted(set(place.values()))
     else:
         place, files = None, sorted(file.name for file in path.glob("*.safetensors"))
@@ -84,7 +92,7 @@ def read(path: pathlib.Path) -> dict[str, Tensor]:
     lost = [name for name in place or {} if name not in tensors]
     if lost:
         raise ValueError(f"{index} names tensor {lost[0]}, which is in none of its shards")
-    return tensors
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def write(tensors: Iterable[Tensor], path: pathlib.Path, shard_bytes: int = SHARD_BYTES) -> None:
@@ -117,6 +125,19 @@ def remove(path: pathlib.Path) -> None:
     for pattern in ("model*.safetensors", "model.safetensors.index.json"):
         for file in path.glob(pattern):
             file.unlink()
+
+
+def _weight_map(index: pathlib.Path) -> dict[str, str]:
+    """Which file beside `index` has which tensor."""
+    place = untrusted.read_object(index).get("weight_map")
+    if not isinstance(place, dict):
+        raise ValueError(f"{index} has no weight_map; get it anew")
+    for file in place.values():
+        try:
+            untrusted.below(index.parent, file)
+        except ValueError as error:
+            raise ValueError(f"{index}: {error}") from None
+    return place
 
 
 def _headers(file: pathlib.Path) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from emu3_jax.update import Task
 
 # remat policy by name, from least to most recomputation -> what the backward pass finds saved
 # instead of computing it again: "dots" every matrix product and attention, "attention" all but the
-# feed-forward's. train.fitting tries them in this order where remat is "auto".
+# feed-forward's. fit.fitting tries them in this order where remat is "auto".
 _saved = jax.checkpoint_policies.save_only_these_names
 REMAT = {
     "none": None,

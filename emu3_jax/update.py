@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType
 
-from emu3_jax import checkpoint, data
+from emu3_jax import checkpoint, data, divergence
 from emu3_jax.mesh import apart_along_data, spec
 
 
@@ -58,12 +58,14 @@ class Task:
         return None
 
 
-def init(task: Task, optimizer: optax.GradientTransformation, seed: int, ema: float = 0.0) -> dict:
-    """The state before the first step: params, variables, the optimizer's arrays, perhaps ema."""
+def init(task: Task, optimizer, seed: int, ema=0.0, guard=divergence.FINITE) -> dict:
+    """The state before the first step: params, variables, the optimizer's arrays, what the guard
+    remembers, perhaps ema."""
     made = task.init(jax.random.key(seed))
     # Weak types (of jnp.full, say) are gone after a step, which would then be compiled again.
     params, variables = jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), made)
-    state = dict(params=params, variables=variables, optimizer=optimizer.init(params))
+    state = dict(params=params, variables=variables, optimizer=optimizer.init(params),
+                 guard=divergence.init(guard))  # fmt: skip
     return state | (dict(ema=params) if ema else {})
 
 
@@ -98,19 +100,29 @@ def abstract_state(make, seed, device_mesh):
 
 
 def train_step(
-    task: Task, optimizer, seed: int, state: dict, batch: dict, step, accumulate=1, ema=0.0
-) -> tuple:
-    """One update -> (state, metrics). Random keys come from (seed, step) alone."""
+    task: Task, optimizer, seed: int, state: dict, batch: dict, step, accumulate=1, ema=0.0,
+    guard=divergence.FINITE,
+) -> tuple:  # fmt: skip
+    """One update -> (state, metrics). Random keys come from (seed, step) alone.
+
+    Where the guard is against it, only what follows from the step's number happens: the optimizer
+    (one of optim.py's) takes an argument `ok` and leaves its arrays as they were.
+    """
+    step = jnp.int32(step)  # of a Python number's weak type, what is made of it would be, too
     loss_key, update_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
     grads, variables, values = gradients(task, state, batch, loss_key, accumulate)
-    updates, moments = optimizer.update(grads, state["optimizer"], state["params"])
+    norm = optax.tree.norm(grads)
+    ok, seen = divergence.judge(guard, state["guard"], values["loss"], norm, step)
+    updates, moments = optimizer.update(grads, state["optimizer"], state["params"], ok=ok)
     params = optax.apply_updates(state["params"], updates)
+    made, old = (params, variables), (state["params"], state["variables"])
+    params, variables = optax.tree.where(ok, made, old)
     params, variables = task.after_update(params, variables, step, update_key)
-    values |= dict(gradient_norm=optax.tree.norm(grads)) | task.counts(batch)
-    state = dict(state, params=params, variables=variables, optimizer=moments)
+    values |= dict(gradient_norm=norm) | task.counts(batch) | divergence.figures(seen)
+    state = dict(state, params=params, variables=variables, optimizer=moments, guard=seen)
     if ema:
-        state["ema"] = jax.tree.map(lambda old, new: ema * old + (1 - ema) * new, state["ema"],
-                                    params)  # fmt: skip
+        mean = jax.tree.map(lambda old, new: ema * old + (1 - ema) * new, state["ema"], params)
+        state["ema"] = optax.tree.where(ok, mean, state["ema"])
     return state, values
 
 

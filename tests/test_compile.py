@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from benchmarks import compile_pods
-from emu3_jax import chips, hlo, launch, mesh, metrics, train
+from emu3_jax import chips, fit, hlo, launch, mesh, metrics, train
 from emu3_jax import compile as compile_lib
 from tests import toy
 
@@ -86,12 +86,12 @@ def test_auto_takes_the_least_recomputation_that_fits(monkeypatch):
     needs = {}
     for policy in ("none", "full"):
         fixed = dataclasses.replace(run, task=toy.model(remat=policy))
-        needs[policy] = train.memory_needed(train.fitting(fixed, device_mesh)[1])
+        needs[policy] = fit.memory_needed(fit.fitting(fixed, device_mesh)[1])
     assert needs["full"] < needs["none"]
     for limit, policy in ((None, "none"), (needs["none"] + 1, "none"),
                           (needs["none"] - 1, "dots"), (1, "full")):  # fmt: skip
-        monkeypatch.setattr(train, "memory_limit", lambda *_, limit=limit: limit)
-        job, compiled = train.fitting(run, device_mesh)
+        monkeypatch.setattr(fit, "memory_limit", lambda *_, limit=limit: limit)
+        job, compiled = fit.fitting(run, device_mesh)
         got = job.task.remat
         assert got == policy or (policy == "dots" and got in ("dots", "attention", "full")), limit
 
@@ -107,7 +107,7 @@ def test_what_does_not_fit_says_by_how_much_and_what_would(tmp_path, capsys, mon
     job = compile_lib.Compile(train=path, topology="", set="batch=64 task.remat=none")
     device_mesh = mesh.Mesh().make()
     half = dataclasses.replace(job, set="batch=32 task.remat=full").job()
-    limit = train.memory_needed(train.fitting(half, device_mesh)[1]) + 1
+    limit = fit.memory_needed(fit.fitting(half, device_mesh)[1]) + 1
     monkeypatch.setattr(compile_lib, "memory_limit", lambda *_: limit)
     job.run()
     out = capsys.readouterr().out

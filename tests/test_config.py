@@ -140,9 +140,10 @@ def test_an_interruption_says_how_to_go_on(file, capsys):
     )
 
 
-def test_a_defect_keeps_its_traceback(file):
-    with pytest.raises(TypeError, match="a defect"):
-        launch.main([f"--config={file}", "--config.fails=defect"])
+def test_a_defect_keeps_its_traceback(file, capsys):
+    assert launch.main([f"--config={file}", "--config.fails=defect"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback") and said.endswith("TypeError: a defect\n")
 
 
 def test_several_processes_are_joined_where_a_scheduler_started_them(file, monkeypatch):

@@ -70,13 +70,13 @@ def test_videos_in_rows(tmp_path):
 
 def test_row_groups_are_read_once_while_they_fit_in_memory(files, monkeypatch):
     reads = []
-    read_row_group = pq.ParquetFile.read_row_group
+    iter_batches = pq.ParquetFile.iter_batches
 
-    def read(self, group, columns):
-        reads.append((group, columns))
-        return read_row_group(self, group, columns=columns)
+    def read(self, rows, groups, columns):
+        reads.append((*groups, columns))
+        return iter_batches(self, rows, groups, columns)
 
-    monkeypatch.setattr(pq.ParquetFile, "read_row_group", read)
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", read)
     data = sources.Parquet(str(files)).open()
     order = [0, 4, 1, 3, 2, 0]
     assert [data.file(i).read() for i in order] == [encoding.picture(i) for i in order]
@@ -112,6 +112,17 @@ def test_a_group_that_cannot_be_read_is_named(files):
     ) as error:
         data.file(3)
     assert "\n" not in str(error.value)
+
+
+def test_a_group_is_read_no_further_than_memory_allows(files, monkeypatch):
+    data = sources.Parquet(str(files)).open()
+    monkeypatch.setattr(parquet, "LARGEST", 2000)
+    monkeypatch.setattr(parquet, "_ROWS", 1)
+    with pytest.raises(image_folder.BadFile) as error:
+        data.file(0)
+    assert str(error.value) == (
+        f"{files}/a.parquet: row group 0 cannot be read (it has more than 2,000 bytes)"
+    )
 
 
 def message(place, **options):

@@ -165,10 +165,10 @@ def assert_same(run_dir: pathlib.Path, alone: pathlib.Path) -> None:
     """The same figures at the same steps, each step once."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, STEPS + 1))
-    times = {"seconds_per_step", "tokens_per_second", "data_wait"}
     for got, want in zip(metrics.read(run_dir), metrics.read(alone), strict=True):
-        assert got.keys() - times == want.keys() - times >= {"loss", "gradient_norm", "tokens"}
-        for key in want.keys() - times:
+        names = want.keys() - metrics.TIMED
+        assert got.keys() - metrics.TIMED == names >= {"loss", "gradient_norm", "tokens"}
+        for key in names:
             np.testing.assert_allclose(got[key], want[key], rtol=1e-5, err_msg=key)
 
 
@@ -180,7 +180,7 @@ def test_two_processes_are_as_one(two, alone):
     assert re.findall(r"step (\d/\d)  loss", said) == steps
     assert said.count(f"{run_dir}: 18,192 weights, {STEPS} steps of 8 rows\n") == 1
     left = sorted(path.name.partition(".out.")[0] for path in run_dir.iterdir())
-    assert left == ["checkpoints", "config.json", "events", "metrics.jsonl"]
+    assert left == ["checkpoints", "config.json", "events", "ledger.jsonl", "metrics.jsonl"]
     saved = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
     assert saved == [str(SAVE_EVERY), str(STEPS)]
 

@@ -263,6 +263,7 @@ def task(number: str, rank: int) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_run_on_two_nodes(cluster, file, tmp_path, monkeypatch):
     """A rank is killed, all are preempted, and the run ends; another one is cancelled for good."""
     run_dir, steps = tmp_path / "a run", 60

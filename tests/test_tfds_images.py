@@ -3,6 +3,8 @@ says why."""
 
 import io
 import json
+import pathlib
+import shutil
 
 import numpy as np
 import PIL.Image
@@ -113,6 +115,36 @@ def test_what_cannot_be_read_says_why(directory, tmp_path):
     (other / "features.json").write_text((directory / "features.json").read_text())
     write_info(other, {"fileFormat": "tfrecord"})
     assert "is in tfrecord files; prepare it with file_format=" in message(str(other), "train")
+
+
+@pytest.mark.parametrize("form", ["pythonClassName", "type"])
+def test_no_class_is_imported_but_tfds_own(form, directory, tmp_path, monkeypatch):
+    (tmp_path / "imported.py").write_text(f"open({str(tmp_path / 'victim')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    other = pathlib.Path(shutil.copytree(directory, tmp_path / "tiny" / "1.0.0"))
+    features = json.loads((other / "features.json").read_text())
+    features["featuresDict"]["features"]["text"] = {form: "imported.Text"}
+    if form == "type":
+        features = {form: "imported.Text", "content": {}}
+    (other / "features.json").write_text(json.dumps(features))
+    with pytest.raises(ValueError) as error:
+        tfds_images.TfdsImages(str(other), "train")
+    assert str(error.value) == f"{other} has features of 'imported.Text', not TFDS's"
+    assert not (tmp_path / "victim").exists()
+
+
+def test_damaged_files_are_named(directory, tmp_path):
+    other = pathlib.Path(shutil.copytree(directory, tmp_path / "tiny" / "1.0.0"))
+    records = other / "tiny-train.array_record-00000-of-00001"
+    records.write_bytes(records.read_bytes()[:70_000])
+    images = tfds_images.TfdsImages(str(other), "train")
+    with pytest.raises(image_folder.BadFile) as error:
+        images.entry(0)
+    assert str(error.value).startswith(f"{other}: train/0 cannot be read (")
+    (other / "dataset_info.json").write_text("{")
+    with pytest.raises(ValueError) as error:
+        tfds_images.TfdsImages(str(other), "train")
+    assert str(error.value).startswith(f"{other} is damaged (") and "\n" not in str(error.value)
 
 
 def test_entries_and_files_come_without_decoding(directory, monkeypatch):

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from emu3_jax import checkpoint, mesh, metrics, optim, update
+from emu3_jax import checkpoint, divergence, mesh, metrics, optim, update
 from emu3_jax import train as emu3_train
 from tests import toy
 from tokenizer import (
@@ -344,7 +344,8 @@ def updates(start_of_run, devices, count=4):
     optimizer, history = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.01)), []
     with jax.set_mesh(device_mesh):
         params, variables = jax.device_put(start_of_run, mesh.sharding(device_mesh, ""))
-        state = dict(params=params, variables=variables, optimizer=optimizer.init(params))
+        state = dict(params=params, variables=variables, optimizer=optimizer.init(params),
+                     guard=divergence.init(divergence.FINITE))  # fmt: skip
         step_fn = jax.jit(functools.partial(update.train_step, RUN, optimizer, 0))
         for step in range(count):
             batch = jax.device_put(both(step, 8), mesh.sharding(device_mesh, "B"))

@@ -7,9 +7,10 @@ import dataclasses
 import sys
 
 import grain
+import jax
 import numpy as np
 
-from emu3_jax import data
+from emu3_jax import data, mesh
 from emu3_jax.transformer import Transformer
 
 VOCAB, FIRST_VISUAL, PAD = 48, 32, 0
@@ -46,12 +47,13 @@ def stack(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 class Counting(data.Data):
     """Data: documents that count upwards in steps of 1 to 3, packed, with padding behind.
 
-    The weights of row `poison` are infinite: its loss is not a number.
+    The weights of `poisoned` rows from row `poison` on are infinite: their loss is not a number.
     """
 
     length: int = 16
     seed: int = 0
     poison: int = -1
+    poisoned: int = 1
 
     def rows(self) -> grain.MapDataset:
         """Rows without end, each a function of its index."""
@@ -73,7 +75,7 @@ class _CountingRows:
             documents.append([int(i) % VOCAB for i in start + step * np.arange(count + 1)])
             left -= count
         row = pack(documents, self.config.length)
-        if index == self.config.poison:
+        if 0 <= index - self.config.poison < self.config.poisoned and self.config.poison >= 0:
             row["weights"][row["weights"] > 0] = np.inf
         return row
 
@@ -93,6 +95,15 @@ class Pictures(data.Data):
         shape_THWC = (1 + self.frames, self.size, self.size, 3)
         x_THWC = np.random.default_rng(int(index)).integers(0, 256, shape_THWC, np.uint8)
         return {"image": x_THWC[0], "clip": x_THWC[1:]}
+
+
+@dataclasses.dataclass
+class Single(mesh.Mesh):
+    """One device, for which programs are compiled sooner than for eight."""
+
+    def make(self, devices=None, **fields) -> jax.sharding.Mesh:
+        """The first device."""
+        return super().make(jax.devices()[:1], **fields)
 
 
 @dataclasses.dataclass

@@ -17,10 +17,9 @@ from collections.abc import Iterator
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 
-from emu3_jax import checkpoint
+from emu3_jax import checkpoint, shards, untrusted
 from tokenizer import vq
 
 LAYOUTS = ("official", "hf")
@@ -100,20 +99,21 @@ def load(path: str | pathlib.Path, dtype: str = "float32") -> vq.VQ:
         return load_run(path, dtype)
     layout, settings, prefix = read_config(path)
     config = parse_config(path, settings, layout)
+    if not shards.is_there(path):
+        raise ValueError(f"{path} has no .safetensors file; convert other formats first")
+    files = {n.removeprefix(prefix): tensor for n, tensor in shards.read(path, prefix).items()}
+    blocks = config.res_blocks * len(config.multipliers)
+    if blocks > len(files):  # a billion of them would take for ever to lay out
+        raise ValueError(f"{path} has {len(files)} tensors; its config.json wants {blocks} blocks")
     params, stats = vq.shapes(config)
-    files = {
-        name.removeprefix(prefix): file
-        for name, file in tensor_files(path).items()
-        if name.startswith(prefix)
-    }
     names = {rename(name, layout): name for name in params | stats}
     odd = sorted(names.keys() ^ files.keys())
     if odd:
         where = "its config.json" if odd[0] in files else "its safetensors"
         raise ValueError(f"{path}: {len(odd)} tensors are not in {where}, first {prefix}{odd[0]}")
     arrays = {}
-    for theirs, value in read_tensors(files, prefix):
-        name = names[theirs]
+    for theirs, tensor in files.items():
+        name, value = names[theirs], tensor.read()
         arrays[name] = jnp.asarray(from_torch(value, name))
         want = (params | stats)[name].shape
         if arrays[name].shape != want:
@@ -218,55 +218,41 @@ def read_config(path: pathlib.Path) -> tuple[str, dict, str]:
     file = path / "config.json"
     if not file.is_file():
         raise ValueError(f"{path} has no config.json; give a directory of a tokenizer checkpoint")
-    try:
-        settings = json.loads(file.read_text())
-        kind = settings["model_type"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        raise ValueError(f"{file} is not the config of a model; it names no model_type") from None
-    if kind not in MODEL_TYPES or (kind == "emu3" and "vq_config" not in settings):
+    settings = untrusted.read_object(file)
+    kind = settings.get("model_type")
+    if not isinstance(kind, str):
+        raise ValueError(f"{file} is not the config of a model; it names no model_type")
+    vision = settings.get("vq_config") if kind == "emu3" else settings
+    if kind not in MODEL_TYPES or not isinstance(vision, dict):
         raise ValueError(
-            f"{path} is a checkpoint of {kind!r}, not of a tokenizer; known are "
+            f"{path} is a checkpoint of {untrusted.short(kind)}, not of a tokenizer; known are "
             f"{', '.join(MODEL_TYPES)} (the last with a vq_config)"
         )
     if kind == "emu3":
-        return "hf", settings["vq_config"], "vqmodel."
+        return "hf", vision, "vqmodel."
     return MODEL_TYPES[kind], settings, ""
 
 
 def parse_config(path: pathlib.Path, settings: dict, layout: str) -> vq.VQConfig:
     # A key that is absent means the format's default, and ours are the same.
     fields = {ours: settings[k] for k, ours in FIELDS[layout].items() if k in settings}
-    config = vq.VQConfig(**fields)
-    fixed = dict(FIXED[layout])
-    if layout == "hf":
-        settings = {"hidden_size": 1024} | settings
-        fixed["hidden_size"] = attention_width(config)
+    kinds = dict.fromkeys(fields, untrusted.size)
+    kinds |= dict(multipliers=untrusted.sizes, attention_levels=untrusted.counts)
+    try:
+        untrusted.check(fields, {name: kinds[name] for name in fields})
+        config = vq.VQConfig(**fields)
+        config.check()
+        fixed = dict(FIXED[layout])
+        if layout == "hf":
+            settings = {"hidden_size": 1024} | settings
+            fixed["hidden_size"] = attention_width(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: in its config.json, {error}") from None
     for key, value in fixed.items():
         if key in settings and settings[key] != value:
-            raise ValueError(f"{path}: {key} is {settings[key]}; only {value} is supported")
-    config.check()
+            found = untrusted.short(settings[key])
+            raise ValueError(f"{path}: {key} is {found}; only {value} is supported")
     return config
-
-
-def tensor_files(path: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Which file holds each tensor, sharded or not."""
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        return {k: path / v for k, v in json.loads(index.read_text())["weight_map"].items()}
-    files = {}
-    for file in sorted(path.glob("*.safetensors")):
-        with safetensors.safe_open(file, "np") as opened:
-            files |= dict.fromkeys(opened.keys(), file)
-    if not files:
-        raise ValueError(f"{path} has no .safetensors file; convert other formats first")
-    return files
-
-
-def read_tensors(files: dict[str, pathlib.Path], prefix: str) -> Iterator[tuple[str, np.ndarray]]:
-    for file in sorted(set(files.values())):
-        with safetensors.safe_open(file, "np") as opened:
-            for name in (name for name, home in files.items() if home == file):
-                yield name, opened.get_tensor(prefix + name)
 
 
 def rename(name: str, layout: str) -> str:

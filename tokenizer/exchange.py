@@ -8,11 +8,10 @@ The source is recognised from its files: one of these, or a decoder or tokenizer
 """
 
 import dataclasses
-import json
 import pathlib
 import tempfile
 
-from emu3_jax import checkpoint, convert, processor, release, train
+from emu3_jax import checkpoint, convert, processor, release, train, untrusted
 from emu3_jax import config as config_lib
 from emu3_jax import vocab as vocab_lib
 from emu3_jax.transformer import Transformer
@@ -145,10 +144,10 @@ def save_run(run_dir: str, task, params, variables) -> None:
     """Writes weights as step 0 of a run, which `checkpoint.restore_model` reads."""
     config = train.Train(task=task, data=None, run_dir=run_dir, steps=0)
     with checkpoint.Checkpoints(run_dir) as saved:
-        if saved.latest() is not None:
-            print(f"{run_dir}: there already (step {saved.latest()})")
+        if there := saved.newest():
+            print(f"{run_dir}: there already (step {there[0]})")
             return
-        saved.save(0, dict(params=params, variables=variables), config, {})
+        saved.save(0, dict(params=params, variables=variables), config, {}, wait=True)
     processor.write_json(pathlib.Path(run_dir) / "config.json", config_lib.to_json(config))
 
 
@@ -156,14 +155,14 @@ def _holds_vision_alone(root: pathlib.Path) -> bool:
     config = root / "config.json"
     if (root / "checkpoints").is_dir():
         # A run's config.json names the class of its task.
-        return config.is_file() and "TokenizerTask" in config.read_text()
+        return config.is_file() and b"TokenizerTask" in config.read_bytes()
     if not config.is_file():
         return False
     try:
-        kind = json.loads(config.read_text())["model_type"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        kind = untrusted.read_object(config).get("model_type")
+    except ValueError:
         return False
-    return kind in vision_convert.MODEL_TYPES and kind != "emu3"
+    return kind in [*vision_convert.MODEL_TYPES] and kind != "emu3"  # which may be a list
 
 
 def _stamp(path: str | None) -> list[str]:
@@ -179,11 +178,11 @@ def _is_done(target: pathlib.Path, record: dict) -> bool:
     """Whether `target` is this very conversion; ValueError where it must not be written over."""
     done = target / _RECORD
     if done.is_file():
-        found = json.loads(done.read_text())
+        found = untrusted.read_object(done)
         if found == record | dict(complete=True):
             return True
         if found == record | dict(complete=False) or "emu3_jax" not in (
-            found["format"],
+            found.get("format"),
             record["format"],
         ):
             return False

@@ -3,7 +3,8 @@
 Its weights are in no package, so they are given by path and hash: the state dict of pytorch-fid's
 pt_inception-2015-12-05-6726825d.pth, written once as safetensors where PyTorch is:
 
-    safetensors.torch.save_file(torch.load("pt_inception-2015-12-05-6726825d.pth"), PATH)
+    state = torch.load("pt_inception-2015-12-05-6726825d.pth", weights_only=True)  # runs nothing
+    safetensors.torch.save_file(state, PATH)
 
 Layer by layer this is pytorch-fid's network: torchvision's with average pools that leave the border
 out and a max pool in the last block. It has been compared with that code on random weights only.

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from emu3_jax import untrusted
 from tokenizer import frechet, measures
 
 CARDS = ("worst", "best", "random")
@@ -77,15 +78,15 @@ def read(path: pathlib.Path) -> Result | None:
     """What `Result.write` left, without its rows; None if it did not finish."""
     if not (path / "figures.json").exists():
         return None
-    values = json.loads((path / "figures.json").read_text())
-    with np.load(path / "cards.npz") as file:
-        pixels = dict(file)
+    values = untrusted.read_object(path / "figures.json")
+    pixels = untrusted.read_arrays(path / "cards.npz")
     cards = {
         kind: [Card(row, pixels[f"{kind}_real"][i], pixels[f"{kind}_made"][i])
                for i, row in enumerate(rows)]
         for kind, rows in values["cards"].items()
     }  # fmt: skip
-    return Result(values["figures"], [], np.load(path / "codes.npy"), cards, values["about"])
+    count_K = np.load(path / "codes.npy", mmap_mode="r")  # mapped, it is no larger than its file
+    return Result(values["figures"], [], count_K, cards, values["about"])
 
 
 class Tally:
