@@ -23,15 +23,10 @@ def of(tree) -> dict[str, int]:
     Computed where the arrays lie: only sums travel. Of what is replicated the first copy counts.
     Arrays in the host's memory pass through the devices one at a time.
     """
-    arrays = dict(zip(names(tree), jax.tree.leaves(tree), strict=True))
-    here = {name: x for name, x in arrays.items() if not _on_host(x)}
-    groups = [here] * bool(here) + [{name: x} for name, x in arrays.items() if _on_host(x)]
-    found = {}
-    for group in groups:
-        device_mesh, specs = layout(list(group.values()))
-        sums = np.asarray(_added(device_mesh, specs, list(group.values())))
-        found |= dict(zip(group, map(int, sums), strict=True))
-    return {name: found[name] for name in arrays}
+    arrays = jax.tree.leaves(tree)
+    device_mesh, specs = layout(arrays)
+    sums = [_local(device_mesh, spec, x) for spec, x in zip(specs, arrays, strict=True)]
+    return dict(zip(names(tree), map(int, np.asarray(_added(sums))), strict=True))
 
 
 def partial(piece: np.ndarray, start: tuple[int, ...] | None = None) -> int:
@@ -95,18 +90,25 @@ def copies(device_mesh, spec: jax.P) -> tuple[str, ...]:
     return tuple(axis for axis in device_mesh.axis_names if axis not in cut)
 
 
+# A program for each shape and layout, of which there are few: moments have those of weights.
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _added(device_mesh, specs, arrays: list) -> jax.Array:
-    def local(arrays):
-        sums = []
-        for x, spec in zip(arrays, specs, strict=True):
-            first = [jax.lax.axis_index(axis) == 0 for axis in copies(device_mesh, spec)]
-            sums.append(jnp.where(jnp.all(jnp.array(first, bool)), _sum(x, spec), 0))
-        return jax.lax.psum(jnp.stack(sums), device_mesh.axis_names)
+def _local(device_mesh, spec: jax.P, x) -> jax.Array:
+    """What each device's piece adds to the checksum of an array: uint32 [*mesh sizes]."""
+
+    def local(x):
+        first = [jax.lax.axis_index(axis) == 0 for axis in copies(device_mesh, spec)]
+        found = jnp.where(jnp.all(jnp.array(first, bool)), _sum(x, spec), 0)
+        return found.reshape((1,) * len(device_mesh.axis_names))
 
     return jax.shard_map(
-        local, mesh=device_mesh, in_specs=(list(specs),), out_specs=jax.P(), check_vma=False
-    )([_on_device(x) for x in arrays])
+        local, mesh=device_mesh, in_specs=spec, out_specs=jax.P(*device_mesh.axis_names),
+        check_vma=False,
+    )(_on_device(x))  # fmt: skip
+
+
+@jax.jit
+def _added(sums: list) -> jax.Array:
+    return jnp.stack([x.sum(dtype=jnp.uint32) for x in sums])
 
 
 def _sum(x: jax.Array, spec: jax.P) -> jax.Array:
@@ -153,10 +155,6 @@ def _unsigned(dtype) -> np.dtype:
 
 def _tuple(axes) -> tuple[str, ...]:
     return axes if isinstance(axes, tuple) else () if axes is None else (axes,)
-
-
-def _on_host(x) -> bool:
-    return getattr(getattr(x, "sharding", None), "memory_kind", None) == "pinned_host"
 
 
 def _on_device(x):

@@ -26,8 +26,8 @@ class Replay:
     """Checks what `step`, a pure (state, batch, step) -> (state, metrics), makes of its arguments.
 
     It is compiled once more, to the checksums of the new state alone, and leaves the state as it
-    is. So a device needs the memory of a step that does not write over the old state, less what of
-    the new one is gone as soon as it is summed.
+    is. What is new is gone as soon as it is summed, so a device needs about the memory of the step
+    itself, though that writes over its state (Emu3-8B's stage 1 on 64 v5p: 6.77 and 6.82 GiB).
 
     What a device does wrong once a sum over devices is done, or its memory to a copy of the
     weights, is told by that device alone. A wrong gradient reaches all devices in the sum: that is

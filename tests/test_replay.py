@@ -157,6 +157,7 @@ def test_where_the_compiler_lays_out():
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_two_processes_name_the_same_one():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -157,6 +157,7 @@ def test_attempts_that_get_nowhere_end(tmp_path):
     job(tmp_path, fruitless=2, steps=2).run()  # a person did
 
 
+@pytest.mark.slow
 def test_steps_may_be_replayed(went_back, tmp_path):
     """Which changes nothing where all is sound."""
     job(tmp_path, bad=(5, 8), replay_every=5).run()
@@ -224,6 +225,7 @@ def test_sigterm_before_and_in_a_job_that_does_not_train(slow, code, said, tmp_p
     assert (child.returncode, out, err) == (code, "", said)
 
 
+@pytest.mark.slow
 def test_restoring_goes_past_damage(tmp_path, capsys):
     """The run that goes on from an older checkpoint is the same run."""
     job(tmp_path / "whole").run()
