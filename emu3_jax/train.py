@@ -183,20 +183,23 @@ class _Run:
         if start >= job.steps:
             return start, None, None
         self.dog.pet(f"step {start} is where it begins", within=COMPILING)
-        if not found:
-            rows = self._open_data(self._rows_after_going_back(0))
+        back = next((entry for entry in reversed(self._went_back()) if entry["to"] == start), None)
+        if found:
+            about = found[1]
+            self._check_same_run(about["config"])
+            rows = self._open_data(back["data"] if back else about["data"])
+            state = self.saved.restore(start, job.abstract_state(self.device_mesh))
+            if state is None:
+                return self._begin(self.saved.newest(before=start))
+            metrics.say(f"{self.run_dir}: goes on at step {start}")
+        else:
+            rows = self._open_data(back and back["data"])
             state = job.make()(job.seed)
             if job.initial:
                 state |= update.initial_weights(job.task, job.initial, state)
             self._write_config(state)
-            return start, state, rows
-        about = found[1]
-        self._check_same_run(about["config"])
-        rows = self._open_data(self._rows_after_going_back(start) or about["data"])
-        state = self.saved.restore(start, job.abstract_state(self.device_mesh))
-        if state is None:
-            return self._begin(self.saved.newest(before=start))
-        metrics.say(f"{self.run_dir}: goes on at step {start}")
+        if back:
+            state = divergence.fresh(state, back["skipped"])
         return start, state, rows
 
     def _loop(self, step_fn, start: int, state, rows: data.Rows) -> dict | None:
@@ -265,21 +268,17 @@ class _Run:
         to = found[0] if found else 0
         self.saved.forget(after=to)
         went = rows.state(step) | dict(step=to, origin=[to, rows.row(step)])
-        self._write_json("rewinds.json", [*past, dict(at=step, to=to, data=went)])
+        entry = dict(at=step, to=to, skipped=int(figures["skipped"]), data=went)
+        self._write_json("rewinds.json", [*past, entry])
+        processes.gathered("")  # all read it
         self.book.rewound(to)
         metrics.say(f"{self.run_dir}: {what}; goes back to step {to}, and on with the rows that "
                     f"would have followed")  # fmt: skip
-        start, state, rows = self._begin(found)
-        return start, divergence.fresh(state, int(figures["skipped"])), rows
+        return self._begin(found)
 
     def _went_back(self) -> list[dict]:
         path = self.run_dir / "rewinds.json"
         return json.loads(path.read_text()) if path.exists() else []
-
-    def _rows_after_going_back(self, step: int) -> dict | None:
-        """The state of the data with which the run goes on at `step`, if it went back there."""
-        return next((entry["data"] for entry in reversed(self._went_back()) if entry["to"] == step),
-                    None)  # fmt: skip
 
     def _check_same_run(self, saved: dict) -> None:
         """Raises ValueError if the checkpoint is of another task; tells of what else changed."""
