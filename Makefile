@@ -1,8 +1,9 @@
 # make demo, make test: each makes .venv from the lock files first; nothing else is needed but
 # Python 3.11 to 3.13 and PyPI. make ingest makes .venv-ingest, whose TensorFlow reads seqio's tasks
-# and rewrites TFDS data sets; make launch makes .venv-launch, whose XManager starts jobs
-# (launch/xmanager.py). The tests run all three. TORCH is what the tests' references need (PyTorch
-# has CPU builds apart: elsewhere, add e.g. --index-url https://download.pytorch.org/whl/cpu).
+# and rewrites TFDS data sets, and which the tests run, too; make launch makes .venv-launch, whose
+# XManager starts jobs (launch/xmanager.py), as do the tests of make test-all. TORCH is what the
+# tests' references need (PyTorch has CPU builds apart: elsewhere, add e.g. --index-url
+# https://download.pytorch.org/whl/cpu).
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
@@ -18,7 +19,7 @@ demo: $(BIN)/.run
 demo-long: $(BIN)/.run
 	$(RUN) -m emu3_jax.launch --config=configs/demo_long.py
 
-test: $(BIN)/.test $(INGEST)/.run $(LAUNCH)/.run check
+test: $(BIN)/.test $(INGEST)/.run check
 	$(RUN) -m pytest -m "not slow"
 
 test-all: $(BIN)/.test $(INGEST)/.run $(LAUNCH)/.run check

@@ -197,6 +197,7 @@ def test_one_process_goes_on_where_two_stopped(file, stopped, alone):
     assert_same(stopped, alone)
 
 
+@pytest.mark.slow
 def test_four_processes_go_on_where_two_stopped(file, stopped, alone):
     """With rows that lie apart: each has its part of the first ones and of others."""
     said = trained(f"{file}:Apart", 4, stopped)

@@ -1,5 +1,5 @@
-"""XManager for real, in .venv-launch: processes of this machine, and JobSets. `make test` makes
-that environment."""
+"""XManager for real, in .venv-launch: processes of this machine, and JobSets. `make
+test-all` makes that environment."""
 
 import os
 import pathlib
@@ -106,6 +106,7 @@ def jobset(fails: int) -> dict:
     ))  # fmt: skip
 
 
+@pytest.mark.slow
 @needs_xmanager
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl")
 def test_jobsets(run, tmp_path):
