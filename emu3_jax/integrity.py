@@ -23,20 +23,15 @@ from emu3_jax import fingerprint, untrusted
 VERIFIED = "verified"
 _ABOUT = pathlib.PurePath("about", "metadata")
 _MARKER = re.compile(r"(\d{1,6})-of-(\d{1,6})\.json")
+_FOUND = dict(files=untrusted.mapping, sums=untrusted.counts_by_name)
 _BLOCK = 1 << 24  # bytes
 
 
 def read_about(path: pathlib.Path) -> dict:
     """What a checkpoint says of itself; ValueError names the file that does not."""
-    about = untrusted.read_object(path / _ABOUT)
-    try:
-        untrusted.check(about, dict(
-            step=untrusted.count, fingerprints=untrusted.counts_by_name,
-            **dict.fromkeys(("config", "data", "packages", "types"), untrusted.mapping),
-        ))  # fmt: skip
-    except ValueError as error:
-        raise ValueError(f"{path / _ABOUT}: {error}") from None
-    return about
+    mappings = dict.fromkeys(("config", "data", "packages", "types"), untrusted.mapping)
+    numbers = dict(step=untrusted.count, fingerprints=untrusted.counts_by_name)
+    return _read(path / _ABOUT, **numbers, **mappings)
 
 
 def verify(path: pathlib.Path, index: int, count: int) -> None:
@@ -67,7 +62,7 @@ def damage(path: pathlib.Path, share: tuple[int, int] | None = None) -> str:
     """
     try:
         about = read_about(path)
-        markers = [untrusted.read_object(marker) for marker in _markers(path)]
+        markers = [_read(marker, **_FOUND) for marker in _markers(path)]
         if not markers:
             raise ValueError(f"{path / VERIFIED} lacks what was read back")
         _check_sums(path, about["fingerprints"], markers)
@@ -81,9 +76,16 @@ def damage(path: pathlib.Path, share: tuple[int, int] | None = None) -> str:
     return ""
 
 
+def _read(path: pathlib.Path, **fields) -> dict:
+    found = untrusted.read_object(path)
+    try:
+        untrusted.check(found, fields)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return found
+
+
 def _check_sums(path: pathlib.Path, wanted: dict[str, int], markers: list[dict]) -> None:
-    for marker in markers:
-        untrusted.check(marker, dict(files=untrusted.mapping, sums=untrusted.counts_by_name))
     for name, want in wanted.items():
         if sum(marker["sums"].get(name, 0) for marker in markers) % 2**32 != want:
             raise ValueError(f"{path}: {name} reads otherwise than it was on the devices")

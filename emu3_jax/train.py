@@ -44,7 +44,8 @@ class Train:
 
     With a task whose remat is "auto", the policy is the one that recomputes least of those whose
     step leaves the share `margin` of the device's memory free. `executable` is a step compiled
-    elsewhere (see compile.py), `xla_cache` a directory in which XLA keeps what it compiles.
+    elsewhere (see compile.py; JAX unpickles it, so only a file of your own), `xla_cache` a
+    directory in which XLA keeps what it compiles.
 
     Of its checkpoints the newest `keep` stay, and each at a multiple of `keep_every` steps; after
     `save_failures` in a row that could not be written, the run ends. `guard` says which updates are

@@ -172,7 +172,8 @@ def test_json_round_trip():
         text = json.dumps(config.to_json(job))
         assert config.from_json(json.loads(text)) == job
     assert config.to_json(toy.Counting(length=4)) == {
-        "class": "tests.toy:Counting", "length": 4, "seed": 0, "poison": -1}  # fmt: skip
+        "class": "tests.toy:Counting", "length": 4, "seed": 0, "poison": -1, "poisoned": 1,
+    }  # fmt: skip
     assert config.from_json({"a": [1, {"b": None}]}) == {"a": (1, {"b": None})}
 
 

@@ -339,7 +339,7 @@ def _is_made_of_configurations(value) -> None:
         assert isinstance(value, str | int | float | None)
 
 
-@_case("checkpoint", damaged="about|verified", named="", examples=60)
+@_case("checkpoint", damaged="about|verified", examples=60)
 class _Checkpoint:
     def make(path):
         job = train.Train(toy.model(), toy.Counting())
