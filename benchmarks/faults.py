@@ -36,13 +36,14 @@ NOISE = re.compile(r"^\[Gloo\]|^\s*@ |^[EFWI]\d{4} |  step |weights, |goes on at
 class Fault(NamedTuple):
     """Something that `do(children, run_dir)` does to the first attempt, once step AT is told of.
 
-    `between` is done before the next one, by a person where the supervisor ended.
+    `between` is done after so many `attempts`, by a person where the supervisor ended.
     """
 
     name: str
     do: Callable
     between: Callable = lambda run_dir: None
     needs_disk: bool = False
+    attempts: int = 1
 
 
 def _signal(number: int) -> Callable:
@@ -104,6 +105,7 @@ def _remount(how: str) -> Callable:
 def _delete_part(children, run_dir: pathlib.Path) -> None:
     store = run_dir.parent.parent / "stores" / "images"
     (store / "part-00001-of-00002").rename(store / "away")
+    _kill_all(children, run_dir)  # what has been read stays in memory
 
 
 def _restore_part(run_dir: pathlib.Path) -> None:
@@ -121,7 +123,7 @@ FAULTS = (
     Fault("... its metadata missing", _kill_all,
           _damaged(lambda path: (path / "state" / "_METADATA").unlink())),
     Fault("... its directory empty", _kill_all, _damaged(_empty)),
-    Fault("a part of a store deleted", _delete_part, _restore_part),
+    Fault("a part of a store deleted", _delete_part, _restore_part, attempts=2),
     Fault("the disk full", _fill, _unfill, needs_disk=True),
     Fault("the run directory read-only", _remount("ro"), _remount("rw"), needs_disk=True),
 )  # fmt: skip
@@ -139,8 +141,8 @@ def happen(fault: Fault, root: pathlib.Path, whole: pathlib.Path) -> dict:
             if len(begun) == 1:
                 threading.Thread(target=_when_due, args=(fault, children, run_dir),
                                  daemon=True).start()  # fmt: skip
-            else:
-                fault.between(run_dir) if len(begun) == 2 else None
+            if len(begun) == fault.attempts + 1:
+                fault.between(run_dir)
 
         codes = []
         while not codes or codes[-1] != 0:
