@@ -34,7 +34,7 @@ class Metrics:
         draft.write_text("".join(map(_json, kept)))
         draft.rename(path)  # whenever it is killed, the one or the other is whole
         self._file = Lines(path)
-        self._board = tensorboardX.SummaryWriter(str(run_dir), purge_step=start)
+        self._board = tensorboardX.SummaryWriter(str(run_dir), purge_step=start, max_queue=1000)
         self._clock, self._last = None, start
         chip = chips.chip(jax.devices()[0])
         self._peak = chip and chip.flops * jax.device_count()
@@ -45,7 +45,8 @@ class Metrics:
     def __exit__(self, *_):
         if self._writes:
             self._file.close()
-            self._board.close()
+            if self._board_writes():
+                self._board.close()
 
     def write(self, step: int, values: dict, about_rows: dict[str, float]) -> dict[str, float]:
         """Records and returns the figures of `step`; `values` may be on devices.
@@ -82,10 +83,16 @@ class Metrics:
                         record[mfu] = record[flops] / seconds_per_step / self._peak
         self._clock, self._last, self._waited = now, step, waited
         self._file.write(_json(record))
-        for key, value in record.items():
-            if math.isfinite(value):
-                self._board.add_scalar(key, value, step)
+        if self._board_writes():
+            for key, value in record.items():
+                if math.isfinite(value):
+                    self._board.add_scalar(key, value, step)
         print(self._line(record), flush=True)
+
+    def _board_writes(self) -> bool:
+        """Whether TensorBoard's thread lives: a full disk ends it, and then its queue would fill up
+        and hold us for ever. The file has all figures."""
+        return self._board.file_writer.event_writer._worker.is_alive()
 
     def _line(self, record: dict[str, float]) -> str:
         step = record["step"]
