@@ -16,7 +16,6 @@ import os
 import pathlib
 import random
 import re
-import shutil
 import signal
 import subprocess
 import tempfile
@@ -27,7 +26,7 @@ from typing import NamedTuple
 
 from benchmarks import chaos
 from emu3_jax import metrics
-from tests import test_processes
+from tests import test_checkpoint, test_processes
 
 STEPS, INTERVAL, AT = 40, 10, 24  # the fault comes after step AT, four after a save
 NOISE = re.compile(r"^\[Gloo\]|^\s*@ |^[EFWI]\d{4} |  step |weights, |goes on at")
@@ -55,7 +54,7 @@ def _kill_all(children, run_dir) -> None:
         child.send_signal(signal.SIGKILL)
 
 
-def _damaged(how: Callable[[pathlib.Path], None]) -> Callable:
+def _damaged(how: Callable[[pathlib.Path], str]) -> Callable:
     """Damages the newest checkpoint once all processes were killed."""
 
     def between(run_dir: pathlib.Path) -> None:
@@ -63,27 +62,6 @@ def _damaged(how: Callable[[pathlib.Path], None]) -> Callable:
         how(max(steps, key=lambda path: int(path.name)))
 
     return between
-
-
-def _largest(path: pathlib.Path) -> pathlib.Path:
-    files = (path / "state").glob("ocdbt.process_*/d/*")
-    return max(files, key=lambda file: (file.stat().st_size, file.name))
-
-
-def _truncate(path: pathlib.Path) -> None:
-    os.truncate(_largest(path), _largest(path).stat().st_size // 2)
-
-
-def _flip(path: pathlib.Path) -> None:
-    file = _largest(path)
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
-
-
-def _empty(path: pathlib.Path) -> None:
-    shutil.rmtree(path)
-    path.mkdir()
 
 
 def _fill(children, run_dir: pathlib.Path) -> None:
@@ -96,10 +74,15 @@ def _unfill(run_dir: pathlib.Path) -> None:
     (run_dir.parent / "filler").unlink()
 
 
-def _remount(how: str) -> Callable:
-    return lambda *args: subprocess.run(
-        ["mount", "-o", f"remount,{how}", str(args[-1].parent)], check=True
-    )
+def _read_only(children, run_dir: pathlib.Path) -> None:
+    """Covers the disk by itself, read-only: while files are open for writing, it stays as it is."""
+    folder = str(run_dir.parent)
+    subprocess.run(["mount", "--bind", folder, folder], check=True)
+    subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+
+
+def _writable(run_dir: pathlib.Path) -> None:
+    subprocess.run(["umount", "--lazy", str(run_dir.parent)], check=True)
 
 
 def _delete_part(children, run_dir: pathlib.Path) -> None:
@@ -118,14 +101,13 @@ FAULTS = (
     Fault("SIGKILL of one process", _signal(signal.SIGKILL)),
     Fault("SIGSTOP of one process (it hangs)", _signal(signal.SIGSTOP)),
     Fault("SIGKILL of all (power)", _kill_all),
-    Fault("... and the newest checkpoint truncated", _kill_all, _damaged(_truncate)),
-    Fault("... a bit of it flipped", _kill_all, _damaged(_flip)),
-    Fault("... its metadata missing", _kill_all,
-          _damaged(lambda path: (path / "state" / "_METADATA").unlink())),
-    Fault("... its directory empty", _kill_all, _damaged(_empty)),
+    Fault("... newest checkpoint truncated", _kill_all, _damaged(test_checkpoint.truncated)),
+    Fault("... a bit of it flipped", _kill_all, _damaged(test_checkpoint.flipped)),
+    Fault("... its metadata missing", _kill_all, _damaged(test_checkpoint.lacking_metadata)),
+    Fault("... its directory empty", _kill_all, _damaged(test_checkpoint.empty)),
     Fault("a part of a store deleted", _delete_part, _restore_part, attempts=2),
     Fault("the disk full", _fill, _unfill, needs_disk=True),
-    Fault("the run directory read-only", _remount("ro"), _remount("rw"), needs_disk=True),
+    Fault("the run directory read-only", _read_only, _writable, needs_disk=True),
 )  # fmt: skip
 
 
@@ -133,13 +115,13 @@ def happen(fault: Fault, root: pathlib.Path, whole: pathlib.Path) -> dict:
     """A run in which it happens; how it ended and what was told, by attempt."""
     folder = root / f"{random.randrange(10**9)}"
     folder.mkdir()
-    run_dir, begun = folder / "run", []
+    run_dir, begun, struck = folder / "run", [], threading.Event()
     with _disk(folder) if fault.needs_disk else contextlib.nullcontext():
 
         def on_start(children):
             begun.append(children)
             if len(begun) == 1:
-                threading.Thread(target=_when_due, args=(fault, children, run_dir),
+                threading.Thread(target=_strike, args=(fault, children, run_dir, struck),
                                  daemon=True).start()  # fmt: skip
             if len(begun) == fault.attempts + 1:
                 fault.between(run_dir)
@@ -149,6 +131,7 @@ def happen(fault: Fault, root: pathlib.Path, whole: pathlib.Path) -> dict:
             assert len(codes) < 4, codes
             codes.append(chaos.run(root / "stores", run_dir, STEPS, INTERVAL, lambda _: 2,
                                    on_start, folder.parent / f"{folder.name}-logs"))  # fmt: skip
+        assert struck.is_set(), f"{fault.name}: it did not happen"
         found = chaos.differences(whole, run_dir)
         assert found["largest_relative_difference"] == 0 and found["same_bits"], (fault, found)
         ends = [child.returncode for child in begun[0]]
@@ -156,10 +139,11 @@ def happen(fault: Fault, root: pathlib.Path, whole: pathlib.Path) -> dict:
                     told=_told(folder.parent / f"{folder.name}-logs"))  # fmt: skip
 
 
-def _when_due(fault: Fault, children, run_dir: pathlib.Path) -> None:
+def _strike(fault: Fault, children, run_dir: pathlib.Path, struck: threading.Event) -> None:
     while not (records := metrics.read(run_dir)) or records[-1]["step"] < AT:
         time.sleep(0.02)
     fault.do(children, run_dir)
+    struck.set()
 
 
 @contextlib.contextmanager

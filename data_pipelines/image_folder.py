@@ -16,7 +16,7 @@ import PIL.Image
 import PIL.ImageOps
 
 from data_pipelines import entries, shuffle
-from emu3_jax import data
+from emu3_jax import data, untrusted
 
 SMALLEST = 8
 WIDEST = 5
@@ -62,7 +62,7 @@ def read_image(file: pathlib.Path | BinaryIO) -> np.ndarray:
     except FileNotFoundError:
         raise BadImage(f"{name}: no such file") from None
     except OSError as error:
-        raise BadImage(f"{name}: {_one_line(error)}") from None
+        raise BadImage(f"{name}: {untrusted.first_line(error)}") from None
 
 
 def decode_image(name: str, file: IO[bytes]) -> np.ndarray:
@@ -80,7 +80,7 @@ def decode_image(name: str, file: IO[bytes]) -> np.ndarray:
     except BadImage:
         raise
     except Exception as error:  # Pillow's decoders raise whatever they come across
-        raise BadImage(f"{name}: corrupt image ({_one_line(error)})") from error
+        raise BadImage(f"{name}: corrupt image ({untrusted.first_line(error)})") from error
     return image_HWC
 
 
@@ -98,10 +98,6 @@ def size_problem(height: int, width: int) -> str:
     if max(height, width) > WIDEST * min(height, width):
         return f"{width}x{height} px, aspect ratio above {WIDEST}"
     return ""
-
-
-def _one_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @dataclasses.dataclass

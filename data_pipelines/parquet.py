@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from data_pipelines import entries, image_folder, sources
+from emu3_jax import untrusted
 
 LARGEST = 1 << 32  # bytes of a row group, unpacked
 _HELD = 1 << 30  # bytes of row groups that are kept of images, and as many of everything else
@@ -145,8 +146,9 @@ class _Held:
                 raise pa.ArrowInvalid(f"it has {rows} rows of {group.rows}")
             return pa.Table.from_batches(batches)
         except (pa.ArrowException, OSError) as error:
+            said = untrusted.first_line(error)
             raise image_folder.BadFile(
-                f"{group.path}: row group {group.number} cannot be read ({_first_line(error)})"
+                f"{group.path}: row group {group.number} cannot be read ({said})"
             ) from error
 
 
@@ -177,7 +179,7 @@ def _has_videos(path: pathlib.Path, key: str) -> bool:
 
 def _unreadable(path: pathlib.Path, error: Exception) -> ValueError:
     return ValueError(
-        f"{path} is no Parquet file, or cut short ({_first_line(error)}); get it anew, or "
+        f"{path} is no Parquet file, or cut short ({untrusted.first_line(error)}); get it anew, or "
         "leave it out of files"
     )
 
@@ -207,7 +209,3 @@ def _is_image(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0 and _is_image(kind.field("bytes").type)
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -358,5 +358,5 @@ def _columns(documents: list[Document]) -> tuple[dict[str, np.ndarray], list[lis
 
 
 def first_line(error: Exception) -> str:
-    """What a message of TensorStore begins with."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    """What a message of TensorStore or TFDS begins with."""
+    return untrusted.first_line(error)[:200]

@@ -110,7 +110,7 @@ class TextFiles:
             try:
                 yield from self._parquet(piece) if _is(piece, ".parquet") else self._raw(piece)
             except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                reason = untrusted.first_line(error)
                 yield BadText(f"{piece.path}: cannot be read on ({reason})")
 
     def _raw(self, piece: Piece) -> Iterator[Record | BadText]:

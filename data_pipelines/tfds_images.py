@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import tensorflow_datasets as tfds
 
-from data_pipelines import image_folder, sources
+from data_pipelines import image_folder, parts, sources
 from emu3_jax import untrusted
 
 
@@ -67,8 +67,8 @@ class TfdsImages:
         try:
             return self._source[index]
         except Exception as error:  # TFDS and array_record raise whatever they come across
-            name = f"{self._directory}: {self._split}/{index}"
-            raise image_folder.BadFile(f"{name} cannot be read ({_first_line(error)})") from error
+            name, said = f"{self._directory}: {self._split}/{index}", parts.first_line(error)
+            raise image_folder.BadFile(f"{name} cannot be read ({said})") from error
 
     def _open(self, builder: Any) -> Any:
         format = builder.info.file_format.value
@@ -86,7 +86,7 @@ class TfdsImages:
         try:
             return builder.as_data_source(self._split, decoders=decoders)
         except ValueError as error:
-            raise ValueError(f"{self._directory}: {_first_line(error)}") from error
+            raise ValueError(f"{self._directory}: {parts.first_line(error)}") from error
 
     def _caption_reader(self, caption: str) -> Callable[[dict], str]:
         if not caption:
@@ -122,7 +122,8 @@ def open_builder(directory: str) -> Any:
     try:
         return tfds.builder_from_directory(directory)
     except Exception as error:  # TFDS raises whatever it comes across
-        raise ValueError(f"{directory} is damaged ({_first_line(error)}); get it anew") from error
+        said = parts.first_line(error)
+        raise ValueError(f"{directory} is damaged ({said}); get it anew") from error
 
 
 def _class_names(value: Any) -> Iterator[str]:
@@ -132,10 +133,6 @@ def _class_names(value: Any) -> Iterator[str]:
     for child in value.values() if isinstance(value, dict) else value:
         if isinstance(child, dict | list):
             yield from _class_names(child)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _reader(name: str, feature: Any) -> Callable[[dict], Any] | None:

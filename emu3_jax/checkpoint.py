@@ -26,8 +26,9 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells of every sav
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore")
 COMMIT = 600  # seconds, for all processes to have written their share
 IN_FLIGHT = 8  # GB that Orbax reads or writes at once
-RETRY = 1  # seconds, before a save that is waited for is tried again
+RETRY = 1  # seconds, before a save that is waited for is looked at or tried again
 _DELETED = ".deleted-"
+_PENDING = "pending"
 
 
 class Checkpoints:
@@ -47,6 +48,7 @@ class Checkpoints:
         self.wanted = False  # whether a failed save is to be made up for
         self._keep, self._keep_every, self._failures = keep, keep_every, failures
         self._failed = 0  # saves in a row
+        self._opened = 0  # times
         self._damaged: dict[int, str] = {}
         self._pending: tuple[int, concurrent.futures.Future] | None = None
         self._place = jax.process_index(), jax.process_count()
@@ -56,21 +58,12 @@ class Checkpoints:
         if not self._place[0]:
             try:
                 self.directory.mkdir(parents=True, exist_ok=True)
-                for path in self.directory.iterdir():
-                    if path.name.startswith(_DELETED) or ".orbax-checkpoint-tmp" in path.name:
-                        shutil.rmtree(path)  # an attempt was killed amid a save or a removal
+                self._sweep()
             except OSError as error:
                 message = f"{self.directory} can't be written to ({error.strerror})"
         if told := [text for text in processes.gathered(message) if text]:
             raise ValueError(told[0])
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, "verify")
-        limits = dict(save_concurrent_gb=IN_FLIGHT, restore_concurrent_gb=IN_FLIGHT)
-        self._orbax = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(
-                state=ocp.StandardCheckpointHandler(**limits), about=ocp.JsonCheckpointHandler()
-            ),
-            async_options=ocp.options.AsyncOptions(timeout_secs=COMMIT),
-        )
+        self._open()
         return self
 
     def __exit__(self, kind, *_):
@@ -110,18 +103,20 @@ class Checkpoints:
         if not self._pending:
             return
         step, ended = self._pending
-        if wait:
-            concurrent.futures.wait([ended])
-        reason = "pending"
+        if wait:  # for a while: another process may be told of a failure, and this one never
+            concurrent.futures.wait([ended], RETRY)
+        reason = _PENDING
         if ended.done():
             reason = _reason(ended.exception()) if ended.exception() else ""
         told = processes.gathered(reason)
-        if "pending" in told:
+        if not any(told):  # all shares are read; one process puts them together
+            path = self.directory / str(step)
+            told = processes.gathered("" if self._place[0] else integrity.damage(path))
+        reasons = [reason for reason in told if reason not in ("", _PENDING)]
+        if _PENDING in told and not reasons:
             return
-        if not any(told):
-            told = processes.gathered(integrity.damage(self.directory / str(step)))
         self._pending = None
-        if reasons := [reason for reason in told if reason]:
+        if reasons:
             self._fail(step, reasons[0])
         else:
             self._failed = 0
@@ -181,6 +176,25 @@ class Checkpoints:
         while self._pending:
             self.settle(wait=True)
 
+    def _open(self) -> None:
+        """Starts what saves; again after a failure, as the last one may wait for what never comes.
+
+        The saves of each have barriers of their own name.
+        """
+        self._opened += 1
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "verify")
+        limits = dict(save_concurrent_gb=IN_FLIGHT, restore_concurrent_gb=IN_FLIGHT)
+        options = ocp.options
+        self._orbax = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(
+                state=ocp.StandardCheckpointHandler(**limits), about=ocp.JsonCheckpointHandler()
+            ),
+            async_options=options.AsyncOptions(timeout_secs=COMMIT),
+            multiprocessing_options=options.MultiprocessingOptions(
+                barrier_sync_key_prefix=f"saves_{self._opened}"
+            ),
+        )
+
     def _start(self, step: int, state, about: dict) -> None:
         self.wanted = False
         path = self.directory / str(step)
@@ -194,11 +208,11 @@ class Checkpoints:
             ended = concurrent.futures.Future()
             ended.set_exception(error)
         else:
-            ended = self._thread.submit(self._read_back, path)
+            ended = self._thread.submit(self._read_back, self._orbax, path)
         self._pending = step, ended
 
-    def _read_back(self, path: pathlib.Path) -> None:
-        self._orbax.wait_until_finished()
+    def _read_back(self, orbax: ocp.AsyncCheckpointer, path: pathlib.Path) -> None:
+        orbax.wait_until_finished()
         integrity.verify(path, *self._place)
 
     def _fail(self, step: int, reason: str) -> None:
@@ -207,12 +221,20 @@ class Checkpoints:
         metrics.say(f"warning: the save at step {step} failed ({self._failed} of {self._failures} "
              f"in a row): {reason}")  # fmt: skip
         if not self._place[0]:
-            for path in self.directory.glob(f"{step}*"):
-                if path.name == str(step) or path.name.startswith(f"{step}.orbax"):
-                    shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(self.directory / str(step), ignore_errors=True)
+            with contextlib.suppress(OSError):
+                self._sweep()
+        self._thread.shutdown(wait=False)
+        self._open()
         processes.gathered("")  # nobody saves again before that is gone
         if self._failed >= self._failures:
             raise OSError(f"{self.directory}: {self._failed} saves in a row failed: {reason}")
+
+    def _sweep(self) -> None:
+        """Removes what a save or a removal that did not come to its end has left."""
+        for path in self.directory.iterdir():
+            if path.name.startswith(_DELETED) or ".orbax-checkpoint-tmp" in path.name:
+                shutil.rmtree(path)
 
     def _damage(self, path: pathlib.Path) -> str:
         """What is wrong with a checkpoint, the same in all processes."""

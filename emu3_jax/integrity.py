@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import numpy as np
 import tensorstore
 
-from emu3_jax import fingerprint, untrusted
+from emu3_jax import fingerprint, packages, untrusted
 
 VERIFIED = "verified"
 _ABOUT = pathlib.PurePath("about", "metadata")
@@ -43,10 +43,8 @@ def verify(path: pathlib.Path, index: int, count: int) -> None:
             read = fingerprint.partial(np.asarray(chunk.read().result()), begins)
             sums[name] = (sums[name] + read) % 2**32
     folder = path / VERIFIED
-    folder.mkdir(exist_ok=True)
-    draft = folder / f".{index}-of-{count}"
-    draft.write_text(json.dumps(dict(files=files, sums=sums)))
-    draft.rename(folder / f"{index}-of-{count}.json")
+    text = json.dumps(dict(files=files, sums=sums))
+    packages.write_whole(folder / f"{index}-of-{count}.json", text.encode())
 
 
 def verified(path: pathlib.Path) -> bool:

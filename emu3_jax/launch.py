@@ -11,6 +11,7 @@ Kubernetes' own JOB_COMPLETION_INDEX. EMU3_INITIALIZATION_TIMEOUT, EMU3_HEARTBEA
 EMU3_SHUTDOWN_TIMEOUT are in seconds.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -68,19 +69,20 @@ def leave(code: int) -> None:
     """Ends the process, one of several without JAX's own farewell.
 
     That waits minutes for processes that died or hang, and then aborts with another code. Where all
-    come to the same end, none leaves before: the first one is where the others meet.
+    come to the same end, none leaves before: the first one is where the others meet. Threads are
+    not waited for either: one may still wait for what another process failed to do.
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    failed = code in (exit_codes.TRANSIENT, exit_codes.FAILED)  # threads may wait for ever
-    if jax.distributed.is_initialized() and jax.process_count() > 1 and not failed:
-        client = distributed.global_state.client
-        try:
+    several = jax.distributed.is_initialized() and jax.process_count() > 1
+    failed = code in (exit_codes.TRANSIENT, exit_codes.FAILED)
+    if several and not failed:
+        # where it fails, the others came to another end, which is theirs to tell
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            client = distributed.global_state.client
             client.wait_at_barrier("emu3_jax_leaves", timeout_in_ms=LEAVING * 1000)
             jax.distributed.shutdown()
-        except jax.errors.JaxRuntimeError:
-            failed = True  # the others came to another end, which is theirs to tell
-    if failed:
+    if several or failed:
         os._exit(code)
     sys.exit(code)
 

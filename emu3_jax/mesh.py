@@ -46,23 +46,32 @@ class Mesh:
         Raises ValueError if the sizes do not multiply to the number of devices.
         """
         devices = jax.devices() if devices is None else devices
+        sizes = self.sizes(len(devices))
+        array = _arranged(sizes, devices)
+        minor = _minor(array[0, :, 0, 0])
+        array = array.reshape(sizes[0], -1, minor, *sizes[2:])
+        return jax.sharding.Mesh(array, AXES, axis_types=(axis_type,) * len(AXES))
+
+    def sizes(self, count: int, where: str = "") -> list[int]:
+        """The sizes on so many devices, which a message calls those of `where`.
+
+        Raises ValueError if they do not multiply to that.
+        """
         names = [field.name for field in dataclasses.fields(self)]
         sizes = list(dataclasses.astuple(self))
         asked = "*".join(f"{axis}={size}" for axis, size in zip(names, sizes, strict=True))
         if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
             raise ValueError(f"mesh {asked}: sizes are 1 or more, and one of them may be -1")
         known = math.prod(size for size in sizes if size != -1)
-        if -1 in sizes and len(devices) % known == 0:
-            sizes[sizes.index(-1)] = len(devices) // known
-        if -1 in sizes or math.prod(sizes) != len(devices):
+        if -1 in sizes and count % known == 0:
+            sizes[sizes.index(-1)] = count // known
+        if -1 in sizes or math.prod(sizes) != count:
+            devices = f"the {count} devices of {where}" if where else f"{count} devices"
             raise ValueError(
-                f"mesh {asked} does not fit {len(devices)} devices; "
-                f"the product must be {len(devices)} (-1 takes what is left)"
+                f"mesh {asked} does not fit {devices}; the product must be {count} "
+                "(-1 takes what is left)"
             )
-        array = _arranged(sizes, devices)
-        minor = _minor(array[0, :, 0, 0])
-        array = array.reshape(sizes[0], -1, minor, *sizes[2:])
-        return jax.sharding.Mesh(array, AXES, axis_types=(axis_type,) * len(AXES))
+        return sizes
 
 
 def _arranged(sizes: list[int], devices) -> np.ndarray:

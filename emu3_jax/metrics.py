@@ -7,7 +7,7 @@ import time
 
 import jax
 
-from emu3_jax import chips
+from emu3_jax import chips, packages
 
 # Figures that hang on how fast things went; all others are the same whenever a run is repeated.
 TIMED = {"seconds_per_step", "data_wait", "goodput", "tokens_per_second", "mfu", "mfu_dense"}
@@ -28,11 +28,8 @@ class Metrics:
 
         self._name, self._start, self._steps = name, start, steps
         path = pathlib.Path(run_dir) / "metrics.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
         kept = [r for r in read(run_dir) if r["step"] <= start]
-        draft = path.with_name(".metrics.jsonl")
-        draft.write_text("".join(map(_json, kept)))
-        draft.rename(path)  # whenever it is killed, the one or the other is whole
+        packages.write_whole(path, "".join(map(_json, kept)).encode())
         self._file = Lines(path)
         self._board = tensorboardX.SummaryWriter(str(run_dir), purge_step=start, max_queue=1000)
         self._clock, self._last = None, start

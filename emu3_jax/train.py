@@ -20,6 +20,7 @@ from emu3_jax import (
     ledger,
     metrics,
     optim,
+    packages,
     preemption,
     processes,
     replay,
@@ -304,11 +305,10 @@ class _Run:
                     f"{self.job.batch} rows")  # fmt: skip
 
     def _write_json(self, name: str, value) -> None:
-        """Writes a file of the run at once; the first process does."""
+        """Writes a file of the run; the first process does."""
         if jax.process_index() == 0:
-            draft = self.run_dir / f".{name}"
-            draft.write_text(json.dumps(value, indent=1) + "\n")
-            draft.rename(self.run_dir / name)
+            text = json.dumps(value, indent=1) + "\n"
+            packages.write_whole(self.run_dir / name, text.encode())
 
     def _open_data(self, state: dict | None = None) -> data.Rows:
         """The rows, of packed ones those positions that this process needs."""

@@ -126,6 +126,11 @@ def short(value: Any) -> str:
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 
+def first_line(error: Exception) -> str:
+    """What an error of a library says, in one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
     """The arrays of an .npz; ValueError for no such file, objects, or too large or broken ones.
 

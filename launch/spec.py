@@ -5,7 +5,6 @@ Paths are POSIX paths as the processes see them: buckets are mounted, shared fil
 """
 
 import dataclasses
-import math
 import pathlib
 import re
 
@@ -268,21 +267,17 @@ class Job:
         loaded = config.load(self.arguments())
         if not hasattr(loaded, "mesh"):
             return
-        sizes = dataclasses.asdict(loaded.mesh)
-        asked = "*".join(f"{axis}={size}" for axis, size in sizes.items())
-        known = math.prod(size for size in sizes.values() if size != -1)
-        free = -1 in sizes.values()
-        if self.devices % known or (not free and known != self.devices):
-            what = f"{self.slices} x {self.topology}" if self.tpu else f"{self.nodes} nodes"
+        what = f"{self.slices} x {self.topology}" if self.tpu else f"{self.nodes} nodes"
+        try:
+            data, *_ = loaded.mesh.sizes(self.devices, f"{self.accelerator} {what}")
+        except ValueError as error:
             raise ValueError(
-                f"{self.config}: mesh {asked} does not fit the {self.devices} devices of "
-                f"{self.accelerator} {what}; the product must be {self.devices} (-1 takes what is "
-                "left): add an override such as mesh.fsdp=-1"
-            )
-        if sizes["data"] != -1 and sizes["data"] % self.slices:
+                f"{self.config}: {error}: add an override such as mesh.fsdp=-1"
+            ) from None
+        if data % self.slices:
             raise ValueError(
-                f"{self.config}: mesh.data = {sizes['data']} does not split over {self.slices} "
-                f"slices; add the override mesh.data={self.slices}"
+                f"{self.config}: mesh.data = {data} does not split over {self.slices} slices; add "
+                f"the override mesh.data={self.slices}"
             )
 
 

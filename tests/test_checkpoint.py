@@ -62,7 +62,7 @@ def steps(run_dir) -> list[str]:
 
 def largest(path: pathlib.Path) -> pathlib.Path:
     """The file with the most of the arrays, of those that are read."""
-    files = [file for file in (path / "state" / "ocdbt.process_0" / "d").iterdir()]
+    files = (path / "state").glob("ocdbt.process_*/d/*")
     return max(files, key=lambda file: (file.stat().st_size, file.name))
 
 

@@ -49,15 +49,19 @@ JOBS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", JOBS)
-def test_the_script_is_a_shell_script(name, tmp_path):
-    path = tmp_path / "slurm.sbatch"
-    path.write_text(script(JOBS[name]))
+def assert_shell(text: str, path: pathlib.Path, severity: str = "style") -> None:
+    """It is a script of bash, in which shellcheck, where there is one, finds nothing."""
+    path.write_text(text)
     subprocess.run(["bash", "-n", path], check=True)
     if shutil.which("shellcheck"):
-        command = ["shellcheck", "--severity=warning", path]
+        command = ["shellcheck", f"--severity={severity}", path]
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.stdout == ""
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_the_script_is_a_shell_script(name, tmp_path):
+    assert_shell(script(JOBS[name]), tmp_path / "slurm.sbatch", "warning")
 
 
 def test_what_is_asked_of_slurm():

@@ -60,12 +60,7 @@ def test_every_accelerator_with_tpu_vms_has_a_golden_file():
 
 @pytest.mark.parametrize("name", JOBS)
 def test_the_script_is_a_shell_script(name, tmp_path):
-    path = tmp_path / "script"
-    path.write_text(script(JOBS[name]))
-    subprocess.run(["bash", "-n", path], check=True)
-    if shutil.which("shellcheck"):
-        result = subprocess.run(["shellcheck", path], capture_output=True, text=True)
-        assert result.stdout == ""
+    test_slurm.assert_shell(script(JOBS[name]), tmp_path / "script")
 
 
 def lint(lines: list[str], directory: pathlib.Path) -> list[str | None]:
