@@ -14,6 +14,7 @@ content is a text or a list of parts, and LLaVA's [{"from": "human", "value": ..
 ...}], where "<image>" stands for the image. Blanks around a question or an answer are left out.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,26 @@ def encode(
         before = "USER: "
     ids = [vocab.encode(piece) for piece in pieces]
     return np.concatenate(ids).astype(np.uint32), np.array([len(p) for p in ids], np.int32)
+
+
+def prompt(
+    turns: Sequence[tuple[str, str]], vocab: vocabulary.Vocab, block: np.ndarray | None = None
+) -> list[int]:
+    """The ids that an answer follows: BOS, questions and answers, of which the last is empty.
+
+    `block` is the image or video in front of the first question. Raises BadConversation if a
+    question is empty.
+    """
+    for number, (question, _) in enumerate(turns):
+        if not question.strip():
+            raise BadConversation(f"question {number + 1} is empty")
+    turns = [(question.strip(), answer.strip()) for question, answer in turns]
+    ids, lengths = encode(turns, vocab, block is not None)
+    pieces = np.split(ids.astype(np.int64), np.cumsum(lengths)[:-1])
+    found = [vocab.bos, *pieces[0], *(() if block is None else block)]
+    for question, answer in zip(pieces[1::2], pieces[2::2], strict=True):
+        found += [*question, *answer, vocab.eos]
+    return [int(i) for i in found[: -1 - len(pieces[-1])]]
 
 
 def _form(turn: Any) -> tuple[str, str, tuple[str, str]]:

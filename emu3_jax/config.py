@@ -13,6 +13,7 @@ from ml_collections import config_flags
 from emu3_jax import untrusted
 
 EXAMPLES = dict(config="configs/demo.py", job="launch/jobs/emu3_8b_stage1.py")
+FOLDERS = ("emu3_jax", "tokenizer", "data_pipelines", "inference", "demo", "tests")
 
 
 def load(argv: list[str], name: str = "config"):
@@ -116,7 +117,7 @@ def _from_json(value):
 def _class(name: str) -> type:
     """The dataclass of this project that `to_json` calls `name`, MODULE:NAME."""
     module, _, place = name.partition(":") if isinstance(name, str) else ("", "", "")
-    if module.split(".")[0] not in ("emu3_jax", "tokenizer", "data_pipelines", "demo", "tests"):
+    if module.split(".")[0] not in FOLDERS:
         raise ValueError(f"config names class {name!r}, which is not of this project")
     try:
         found = getattr(importlib.import_module(module), place, None)

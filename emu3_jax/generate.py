@@ -1,26 +1,37 @@
-"""Tokens from the decoder: images under the grammar, with classifier-free guidance, and text.
+"""Tokens from the decoder: images and video under the grammar, with guidance, and text.
 
-B batch (row)  T query position  S key position  D width  V vocab  h rows of codes  w columns
+R request  B row of the model's batch: with the prompts, then without  T position  D width  V vocab
+F token read at once  t latent frames, h rows, w columns of codes
+
+Of an image only the codes are not known before. So the end of a row or a frame is no step of its
+own, but read together with the code before it, the last ends are not computed at all, and a step
+multiplies with the visual columns of the head alone.
 """
 
 import dataclasses
 import zlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from emu3_jax import vocab as vocab_lib
-from emu3_jax.mesh import place
+from emu3_jax.cache import Cache
+from emu3_jax.mesh import einsum, place, shards
+
+BUCKET = 64  # prompts and drawn tokens take a multiple of room, so that few sizes are compiled for
+WATCHED = 100  # times that somebody who watches is told of a whole image
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(unsafe_hash=True)
 class Sampling:
     """How a token is drawn from the logits; the defaults are the released Emu3 demo's.
 
     Guidance s mixes the branches as u + s (c - u), c with and u without the prompt; 1 is none.
     Then the grammar, `top_k` (0: all), `top_p` and `temperature` act, in this order; temperature 0
-    takes the likeliest token. A row's random numbers come from (seed, prompt) alone.
+    takes the likeliest token. Random numbers come from (seed, prompt, copy) alone.
     """
 
     guidance: float = 3.0
@@ -29,114 +40,278 @@ class Sampling:
     temperature: float = 1.0
     seed: int = 0
 
+    def check(self) -> None:
+        """Raises ValueError if a field is out of range."""
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"{self}: want temperature >= 0, top_k >= 0, 0 < top_p <= 1")
+
+
+# What the release takes, and the paper's evaluations (arXiv 2409.18869, section 4.1).
+PRESETS = dict(
+    official=Sampling(),
+    paper=Sampling(guidance=5.0, top_k=16_384),
+    geneval=Sampling(guidance=5.5, top_k=16_384),
+    greedy=Sampling(guidance=1.0, top_k=0, temperature=0.0),
+)
+
 
 @dataclasses.dataclass(frozen=True)
-class Grid:
-    """Legal ids while one image of height x width codes is drawn, from behind img to EOS."""
+class Request:
+    """An image or a video that is to be drawn, or gone on with.
 
-    ids: vocab_lib.Ids
-    height: int
-    width: int
+    `prompt` ends with img, or with the EOF of the last of its `given` latent frames. `null` is
+    guidance's other branch, which ends alike. `size` is (latent frames in all, rows, columns).
+    Equal requests differ by their `copy`.
+    """
 
-    def __call__(self, step, id_V):
-        low, high = vocab_lib.legal_range(self.ids, step + 1, self.height, self.width)
-        return (low <= id_V) & (id_V < high)
-
-
-@dataclasses.dataclass(frozen=True)
-class Prose:
-    """Legal ids while text is drawn: text and EOS."""
-
-    text_size: int
-    eos: int
-
-    def __call__(self, step, id_V):
-        return (id_V < self.text_size) | (id_V == self.eos)
+    prompt: Sequence[int]
+    null: Sequence[int]
+    size: tuple[int, int, int]
+    given: int = 0
+    copy: int = 0
 
 
 class Generator:
-    """Draws from one model; compiles once per shape of work, so equal batches are cheap.
+    """Draws from one model; compiles once per shape of work, so like batches are cheap.
 
-    `params` lie on the current mesh (jax.set_mesh) and are cast once to the model's dtype. `ids`
-    are the controls of the vocabulary (`Vocab.ids`), `text_size` its number of text ids.
+    `params` lie on the current mesh (jax.set_mesh): rows are cut over data and fsdp, heads over
+    tensor. `ids` are the controls of the vocabulary (`Vocab.ids`), `text_size` its number of text
+    ids. `cache_dtype` "int8" halves the memory of keys and values; "" is the model's type.
     """
 
-    def __init__(self, model, params, ids: vocab_lib.Ids, text_size: int, sampling: Sampling):
-        if sampling.temperature < 0 or sampling.top_k < 0 or not 0 < sampling.top_p <= 1:
-            raise ValueError(f"{sampling}: want temperature >= 0, top_k >= 0, 0 < top_p <= 1")
-        self._model, self._ids, self._text_size, self._sampling = model, ids, text_size, sampling
-        self._params = jax.tree.map(lambda w: w.astype(model.dtype), params)
-        self._decode = jax.jit(self._decode, static_argnums=(3, 4))
+    def __init__(self, model, params, ids: vocab_lib.Ids, text_size: int, cache_dtype: str = ""):
+        if shards("T") != [1]:
+            raise ValueError("a row's tokens come one after the other: take a mesh of context=1")
+        self._model, self._ids, self._text_size = model, ids, text_size
+        self._cache_dtype = cache_dtype
+        self._params = jax.jit(model.apart)(params)
+        self._visual_DC = jax.jit(self._visual)(self._params["head"])
+        static = ("text", "sampling")
+        self._begin = jax.jit(self._begin, static_argnames=("room", "slots", *static))
+        self._advance = jax.jit(
+            self._advance, static_argnames=("wide", *static), donate_argnames=("state",)
+        )
 
-    def images(
-        self, prompts: list[list[int]], null: list[int], height: int, width: int
-    ) -> np.ndarray:
-        """Codes of one image a prompt -> int32 codes_Bhw.
+    def codes(
+        self, requests: Sequence[Request], sampling: Sampling, watch: Callable | None = None
+    ) -> list[np.ndarray]:
+        """The latent frames of each request that are not given -> int32 codes_thw.
 
-        Prompts and the null prompt (guidance's other branch) end with the img token.
+        Sizes and prompts' lengths may differ. `watch(drawn_RT, steps)` is told now and then of the
+        codes [requests, so far] and of how many there will be at most. Raises ValueError if a
+        request does not end as it must.
         """
-        ids = self._ids
-        bad = [p for p in (*prompts, null) if p[-1] != ids.img]
-        if bad:
-            raise ValueError(f"an image prompt ends with id {bad[0][-1]}, not with img {ids.img}")
-        null = [null] * len(prompts) if self._sampling.guidance != 1 else []
-        rows = height * (width + 1)
-        tokens_BT = self.tokens(prompts, null, rows + 3, Grid(ids, height, width))
-        rows_Bhw = tokens_BT[:, :rows].reshape(-1, height, width + 1)
-        return rows_Bhw[..., :-1] - ids.visual
+        self._check(requests)
+        rows = [*requests, *requests[-1:] * (-len(requests) % shards("B")[0])]
+        grid = Grid.of(rows)
+        counts_R = grid.end_R - grid.begin_R
+        steps, wide = int(counts_R.max()), 3 if max(r.size[0] for r in rows) > 1 else 2
+        prompts = [r.prompt for r in rows]
+        if sampling.guidance != 1:
+            prompts += [r.null for r in rows]
+        slots = steps + (wide - 1) * int(grid.ends(np.arange(1, steps)[:, None])[0].any(1).sum())
+        drawn_RT = self._run(prompts, [r.copy for r in rows], grid, steps, slots, sampling, watch,
+                             wide=wide, text=False)  # fmt: skip
+        return [row_T[:count].reshape(-1, *r.size[1:])
+                for r, row_T, count in zip(requests, drawn_RT, counts_R, strict=False)]
 
-    def text(self, prompts: list[list[int]], length: int) -> list[list[int]]:
-        """At most `length` text ids after each prompt, up to EOS (which is left out)."""
-        tokens_BT = self.tokens(prompts, [], length, Prose(self._text_size, self._ids.eos))
-        return [[int(i) for i in row[: _index(row, self._ids.eos)]] for row in tokens_BT]
+    def text(
+        self, prompts: Sequence[Sequence[int]], length: int, sampling: Sampling,
+        copies: Sequence[int] = (), watch: Callable | None = None,
+    ) -> list[list[int]]:  # fmt: skip
+        """At most `length` text ids after each prompt, up to EOS (which is left out).
 
-    def tokens(self, prompts, null, steps: int, legal) -> np.ndarray:
-        """`steps` tokens after each prompt under `legal(step, id_V) -> bool_V` -> int32 tokens_BT.
-
-        `null` holds the other branch's prompts, one a prompt, or nothing: no guidance. Both
-        branches are one batch and are fed the same tokens.
+        Guidance has no part in it. `watch` is told as in `codes`.
         """
-        branches = [*prompts, *null]
-        longest = max(map(len, branches))
-        tokens_BT = np.full((len(branches), longest), self._ids.pad, np.int32)
+        fill = -len(prompts) % shards("B")[0]
+        prompts, copies = list(prompts), list(copies) or [0] * len(prompts)
+        rows, copies = prompts + prompts[-1:] * fill, copies + copies[-1:] * fill
+        drawn_RT = self._run(rows, copies, Grid.of_text(len(rows), length), length, length,
+                             dataclasses.replace(sampling, guidance=1.0), watch,
+                             wide=1, text=True)  # fmt: skip
+        return [[int(i) for i in row_T[: _index(row_T, self._ids.eos)]]
+                for row_T in drawn_RT[: len(prompts)]]
+
+    def _check(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            name = "EOF" if request.given else "img"
+            want = self._ids.eof if request.given else self._ids.img
+            for branch in (request.prompt, request.null):
+                if branch[-1] != want:
+                    raise ValueError(f"a prompt ends with id {branch[-1]}, not with {name} {want}")
+            if request.given >= request.size[0]:
+                raise ValueError(f"all {request.size[0]} latent frames of a video are given")
+
+    def _run(self, prompts, copies, grid, steps, slots, sampling, watch, **how) -> np.ndarray:
+        """Prefill, then pieces of the loop, between which somebody may watch -> drawn_RT."""
+        sampling.check()
+        key = jax.random.key(sampling.seed)
+        how["sampling"] = dataclasses.replace(sampling, seed=0)  # which is no reason to recompile
+        prompt, seeds_R = self._padded(prompts, len(copies))
+        room, slots = -(-steps // BUCKET) * BUCKET, -(-slots // BUCKET) * BUCKET
+        drawn_how = dict(text=how["text"], sampling=how["sampling"])
+        state = self._begin(self._params, self._visual_DC, prompt, seeds_R, np.array(copies), key,
+                            room=room, slots=slots, **drawn_how)  # fmt: skip
+        every = -(-steps // WATCHED) if watch else steps
+        for until in range(every, steps + every, every):
+            state = self._advance(self._params, self._visual_DC, state, grid,
+                                  min(until, steps), **how)  # fmt: skip
+            if watch:
+                watch(np.asarray(state.drawn_RT)[:, : int(state.index)], steps)
+        return np.asarray(state.drawn_RT)[:, :steps]
+
+    def _padded(self, prompts, requests: int) -> tuple:
+        """(tokens, segments, positions of the prompts [B, T]) and seeds_R of the first ones."""
+        longest = -(-max(map(len, prompts)) // BUCKET) * BUCKET
+        tokens_BT = np.full((len(prompts), longest), self._ids.pad, np.int32)
         segments_BT = np.zeros_like(tokens_BT)
-        for row, prompt in enumerate(branches):  # padding in front: all rows go on at one index
+        for row, prompt in enumerate(prompts):  # padding in front: all rows go on at one index
             tokens_BT[row, longest - len(prompt) :] = prompt
             segments_BT[row, longest - len(prompt) :] = 1
         positions_BT = np.maximum(np.cumsum(segments_BT, axis=1) - 1, 0).astype(np.int32)
-        seeds = [zlib.crc32(np.array(prompt, np.int64).tobytes()) for prompt in prompts]
-        seeds_B = np.array(seeds, np.uint32)
-        prompt = [place(jnp.asarray(x), "BT") for x in (tokens_BT, segments_BT, positions_BT)]
-        return np.asarray(self._decode(self._params, prompt, seeds_B, steps, legal))
+        arrays = tokens_BT, segments_BT, positions_BT
+        seeds_R = np.array([seed_of(prompt) for prompt in prompts[:requests]], np.uint32)
+        return [place(jnp.asarray(x), "BT") for x in arrays], seeds_R
 
-    def _decode(self, params, prompt, seeds_B, steps, legal):
-        """Prefill, then one token a step for all rows -> tokens_BT; runs under jit."""
-        tokens_BT, segments_BT, positions_BT = prompt
-        rows, branches = seeds_B.shape[0], tokens_BT.shape[0] // seeds_B.shape[0]
-        cache = self._model.empty_cache(tokens_BT.shape[0], tokens_BT.shape[1] + steps)
-        x_BTD, cache = self._model.hidden(params, *prompt, cache)
-        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(
-            jax.random.key(self._sampling.seed), seeds_B
+    def _visual(self, head_DV):
+        """The columns of codes, filled up to what the mesh splits."""
+        first, fill = self._ids.visual, -self._ids.codes % shards("V")[0]
+        columns_DC = place(head_DV, "D.")[:, first : first + self._ids.codes]
+        return place(jnp.pad(columns_DC, ((0, 0), (0, fill))), "DV")
+
+    def _begin(
+        self, params, visual_DC, prompt, seeds_R, copies_R, key, room, slots, text, sampling
+    ):
+        """The state after the prompts and the first token of each; runs under jit."""
+        B, T = prompt[0].shape
+        cache = self._model.empty_cache(B, T + slots, self._cache_dtype)
+        x_BTD, cache = self._model.read(params, *prompt, cache, first=True)
+        fold = jax.vmap(jax.random.fold_in)
+        keys_R = fold(fold(jnp.broadcast_to(key, seeds_R.shape), seeds_R), copies_R)
+        drawn_RT = jnp.zeros((len(seeds_R), room), jnp.int32)
+        start_B = place(prompt[2][:, -1], "B") + 1
+        state = State(cache, keys_R, start_B, drawn_RT, jnp.int32(0))
+        return self._draw(params, visual_DC, state, x_BTD, text, sampling)
+
+    def _advance(self, params, visual_DC, state, grid, until, wide, text, sampling):
+        """Draws until each request has `until` tokens, or all have ended; runs under jit."""
+
+        def read(count, state):
+            x_BFD, cache = self._model.read(params, *self._next(state, grid, count, text),
+                                            state.cache)  # fmt: skip
+            return x_BFD[:, -1:], cache
+
+        def step(state):
+            if wide == 1:
+                x_BTD, cache = read(1, state)
+            else:
+                at_end = grid.ends(state.index)[0].any()
+                x_BTD, cache = jax.lax.cond(
+                    at_end, lambda s: read(wide, s), lambda s: read(1, s), state
+                )
+            state = state._replace(cache=cache)
+            return self._draw(params, visual_DC, state, x_BTD, text, sampling)
+
+        def going(state):
+            ended = (state.drawn_RT == self._ids.eos).any(axis=1).all() if text else False
+            return (state.index < until) & ~jnp.bool_(ended)
+
+        return jax.lax.while_loop(going, step, state)
+
+    def _next(self, state, grid, count: int, text: bool) -> list[jax.Array]:
+        """What is read before the next token: tokens, segments and positions [B, F].
+
+        The token before and, of a code, the ends that follow it; padding in front.
+        """
+        last_R = jax.lax.dynamic_index_in_dim(state.drawn_RT, state.index - 1, 1, keepdims=False)
+        row_R, frame_R = grid.ends(state.index)
+        behind_F = jnp.arange(count)[::-1]  # tokens that come after this one
+        which_RF = (row_R.astype(jnp.int32) + frame_R)[:, None] - behind_F
+        last_R = last_R if text else last_R + self._ids.visual
+        token_RF = jnp.select(
+            [which_RF == 0, which_RF == 1, which_RF == 2],
+            [last_R[:, None], self._ids.eol, self._ids.eof], self._ids.pad,
+        )  # fmt: skip
+        at_RF = grid.offset(state.index)[:, None] - 1 - behind_F
+        branches = len(state.start_B) // len(last_R)
+        tokens_BF, segments_BF, at_BF = (
+            place(jnp.tile(x_RF, (branches, 1)), "BT")
+            for x_RF in (token_RF, (which_RF >= 0).astype(jnp.int32), at_RF)
         )
-        ones_BT = jnp.ones_like(segments_BT[:, :1])
+        return tokens_BF, segments_BF, at_BF + state.start_B[:, None]
 
-        def draw(x_BTD, step):
-            logits_BV = place(self._model.scores(params, x_BTD[:, -1:])[:, 0], "..")
-            keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
-            legal_V = legal(step, jnp.arange(logits_BV.shape[-1]))
-            return sample(logits_BV, legal_V, keys, self._sampling)
+    def _draw(self, params, visual_DC, state, x_BTD, text: bool, sampling):
+        """The state with one token more of each request, from the hidden states before it."""
+        head_DV = params["head"] if text else visual_DC
+        logits_BTV = einsum("BTD,DV->BTV", x_BTD[:, -1:], head_DV,
+                            preferred_element_type=jnp.float32)  # fmt: skip
+        logits_BV = place(logits_BTV, "...")[:, 0]
+        id_V = jnp.arange(logits_BV.shape[-1])
+        if text:
+            legal_V = (id_V < self._text_size) | (id_V == self._ids.eos)
+        else:
+            logits_BV, legal_V = logits_BV[:, : self._ids.codes], True
+        keys_R = jax.vmap(jax.random.fold_in, (0, None))(state.keys_R, state.index)
+        token_R = sample(logits_BV, legal_V, keys_R, sampling)
+        drawn_RT = jax.lax.dynamic_update_index_in_dim(
+            state.drawn_RT, token_R.astype(jnp.int32), state.index, 1
+        )
+        return state._replace(drawn_RT=drawn_RT, index=state.index + 1)
 
-        def one(carry, step):
-            token_B, cache = carry
-            token_BT = place(jnp.tile(token_B, branches)[:, None], "BT")
-            at_BT = positions_BT[:, -1:] + step
-            x_BTD, cache = self._model.hidden(params, token_BT, ones_BT, at_BT, cache)
-            token_B = draw(x_BTD, step)
-            return (token_B, cache), token_B
 
-        first_B = draw(x_BTD, 0)
-        _, rest_TB = jax.lax.scan(one, (first_B, cache), jnp.arange(1, steps))
-        return jnp.concatenate([first_B[None], rest_TB]).T.reshape(rows, steps)
+class State(NamedTuple):
+    """What a loop carries: the keys of each request, the length of each row's prompt, and `index`
+    tokens (codes without `ids.visual`, or ids of text) of each request in `drawn_RT`."""
+
+    cache: Cache
+    keys_R: jax.Array
+    start_B: jax.Array
+    drawn_RT: jax.Array
+    index: jax.Array
+
+
+class Grid(NamedTuple):
+    """Where each request's codes stand: h rows of w columns, codes `begin` to `end` of the whole.
+
+    Text is a row that does not end.
+    """
+
+    h_R: np.ndarray
+    w_R: np.ndarray
+    begin_R: np.ndarray
+    end_R: np.ndarray
+
+    @classmethod
+    def of(cls, requests: Sequence[Request]) -> "Grid":
+        """The grids of what is to be drawn."""
+        t_R, h_R, w_R = np.array([request.size for request in requests], np.int32).T
+        given_R = np.array([request.given for request in requests], np.int32)
+        return cls(h_R, w_R, given_R * h_R * w_R, t_R * h_R * w_R)
+
+    @classmethod
+    def of_text(cls, requests: int, length: int) -> "Grid":
+        """The grids of texts."""
+        one_R = np.ones(requests, np.int32)
+        return cls(one_R, one_R << 30, one_R, one_R + length)
+
+    def ends(self, index) -> tuple:
+        """Whether a row and whether a frame ends before the code drawn as `index`: bools_R."""
+        at_R = self.begin_R + index
+        drawn_R = at_R < self.end_R
+        return drawn_R & (at_R % self.w_R == 0), drawn_R & (at_R % (self.h_R * self.w_R) == 0)
+
+    def offset(self, index):
+        """Tokens from the prompt's end to the code drawn as `index`, ends of rows included."""
+
+        def tokens(at_R):
+            return at_R + at_R // self.w_R + at_R // (self.h_R * self.w_R)
+
+        return tokens(self.begin_R + index) - tokens(self.begin_R)
+
+
+def seed_of(prompt: Sequence[int]) -> int:
+    """A number of 32 bits that stands for the prompt."""
+    return zlib.crc32(np.array(prompt, np.int64).tobytes())
 
 
 def sample(
@@ -144,8 +319,8 @@ def sample(
 ) -> jax.Array:
     """One token a key from logits [B, V] (or [2B, V]: with the prompt, then without) -> token_B."""
     scores_BV = logits_BV
-    if logits_BV.shape[0] != keys_B.shape[0]:
-        with_BV, without_BV = jnp.split(jax.nn.log_softmax(logits_BV), 2)
+    if logits_BV.shape[0] != keys_B.shape[0]:  # log-probabilities would differ by a constant
+        with_BV, without_BV = jnp.split(logits_BV, 2)
         scores_BV = without_BV + sampling.guidance * (with_BV - without_BV)
     scores_BV = jnp.where(legal_V, scores_BV, -jnp.inf)
     if sampling.temperature == 0:

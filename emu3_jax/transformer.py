@@ -9,15 +9,17 @@ stands for: text and vision share the table, the layers and the head.
 """
 
 import dataclasses
-from typing import NamedTuple
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from emu3_jax import cache as cache_lib
 from emu3_jax import params as params_lib
 from emu3_jax.attention import attention, balanced
+from emu3_jax.cache import Cache
 from emu3_jax.kernels import mask
 from emu3_jax.loss import HIDDEN, cross_entropy
 from emu3_jax.mesh import einsum, linear, place, spec
@@ -128,9 +130,7 @@ class Transformer(Task):
             whole = {name: place(x_BT, "BS") for name, x_BT in batch.items()}
             batch = {name: place(x_BS.at[:, order_T].get(out_sharding=spec("BS")), "BT")
                      for name, x_BS in whole.items()}
-        x_BTD, _ = self.hidden(
-            params, batch["tokens"], batch["segments"], batch["positions"], key=key
-        )
+        x_BTD = self.hidden(params, batch["tokens"], batch["segments"], batch["positions"], key)
         nll_BT, lse_BT = cross_entropy(
             x_BTD, params["head"], batch["targets"], self.vocab, self.loss_tile
         )
@@ -175,7 +175,7 @@ class Transformer(Task):
 
     def logits(self, params, tokens_BT, segments_BT, positions_BT) -> jax.Array:
         """Scores of the next token at every position -> float32 logits_BTV."""
-        x_BTD, _ = self.hidden(params, tokens_BT, segments_BT, positions_BT)
+        x_BTD = self.hidden(params, tokens_BT, segments_BT, positions_BT)
         return self.scores(params, x_BTD)
 
     def scores(self, params, x_BTD) -> jax.Array:
@@ -185,75 +185,69 @@ class Transformer(Task):
         id_V = place(jnp.arange(head_DV.shape[1]), "V")
         return jnp.where(id_V < self.vocab, logits_BTV, HIDDEN)
 
-    def hidden(self, params, tokens_BT, segments_BT, positions_BT, cache=None, key=None):
-        """Final hidden states x_BTD, and the cache with these tokens added (None without one).
-
-        A cache (see `empty_cache`) holds earlier keys and values; the tokens are written behind
-        them, at index `cache["length"]`, and attend to all of it that they may see.
-        """
+    def hidden(self, params, tokens_BT, segments_BT, positions_BT, key=None) -> jax.Array:
+        """Final hidden states x_BTD of packed rows; with a `key`, dropout acts."""
         if self.remat not in REMAT:
             raise ValueError(f"remat {self.remat!r} is none of {', '.join(REMAT)}")
         rate = 0.0 if key is None else self.dropout
         key = jax.random.key(0) if key is None else key
-        where, kv = Where(segments_BT, positions_BT), None
-        if cache is not None:
-            where, kv = where.behind(cache), cache["layers"]
+        where = segments_BT, positions_BT
         rope = _rope(positions_BT, self.head_dim, self.rope_theta)
-        how = dict(context=self.context, kernel=self.kernel)
 
         def layer(x_BTD, inputs):
-            p, index, kv = inputs
+            p, index = inputs
             keys = jax.random.split(jax.random.fold_in(key, index), 3)
-            h_BTD = _rms_norm(x_BTD, p["attn"]["norm"], self.norm_eps)
-            h_BTD, kv = _attend(p["attn"], h_BTD, rope, where, kv, rate, keys[0], **how)
-            x_BTD += _dropout(h_BTD, where, keys[1], rate)
-            h_BTD = _rms_norm(x_BTD, p["mlp"]["norm"], self.norm_eps)
-            x_BTD += _dropout(_mlp(p["mlp"], h_BTD), where, keys[2], rate)
-            return x_BTD, kv
+
+            def attend(*qkv):
+                return attention(*qkv, *where, dropout=rate, key=keys[0], context=self.context,
+                                 kernel=self.kernel)  # fmt: skip
+
+            drops = [functools.partial(_dropout, where=where, key=k, rate=rate) for k in keys[1:]]
+            return _layer(p, x_BTD, rope, attend, self.norm_eps, *drops), None
 
         x_BTD = _embed(params["embed"], tokens_BT, self.dtype)
         x_BTD = _dropout(x_BTD, where, jax.random.fold_in(key, self.layers), rate)
         if self.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT[self.remat], prevent_cse=False)
-        inputs = (params["layers"], jnp.arange(self.layers), kv)
-        x_BTD, kv = jax.lax.scan(layer, x_BTD, inputs, unroll=self.unroll)
-        if cache is not None:
-            cache = dict(layers=kv, length=cache["length"] + tokens_BT.shape[1],
-                         segments=where.segments_BS, positions=where.positions_BS)
-        return _rms_norm(x_BTD, params["norm"], self.norm_eps), cache
+        inputs = (params["layers"], jnp.arange(self.layers))
+        x_BTD, _ = jax.lax.scan(layer, x_BTD, inputs, unroll=self.unroll)
+        return _rms_norm(x_BTD, params["norm"], self.norm_eps)
 
-    def empty_cache(self, batch: int, length: int) -> dict:
-        """A cache for `length` tokens of `batch` rows; segment 0 marks what is not written yet.
+    def apart(self, params) -> dict:
+        """The weights as `read` takes them: of the model's type, layers one by one.
 
-        Queries must therefore have segments of 1 or more.
+        Where layers are stacked, a loop copies each before it is used. That is little beside a
+        training step, and as much as all of a step that reads one token.
         """
-        shape = (self.layers, batch, length, self.kv_heads, self.head_dim)
-        where = jnp.zeros((batch, length), jnp.int32, out_sharding=spec("BS"))
-        return dict(
-            layers={name: jnp.zeros(shape, self.dtype, out_sharding=spec("LBSKH"))
-                    for name in ("k", "v")},
-            length=jnp.int32(0), segments=where, positions=where,
-        )
+        params = jax.tree.map(lambda w: w.astype(self.dtype), params)
+        layers = [jax.tree.map(lambda w, i=i: w[i], params["layers"]) for i in range(self.layers)]
+        return params | dict(layers=layers)
 
+    def read(self, params, tokens_BT, segments_BT, positions_BT, cache: Cache, first=False):
+        """(final hidden states x_BTD, the cache with these tokens in it), of weights `apart`.
 
-class Where(NamedTuple):
-    """Segments and positions of the queries, and with a cache those of its keys, whose slots from
-    `index` on take the new keys."""
+        The tokens are written behind those that the cache holds and see all of it that they may.
+        As the `first` ones they see each other, by the kernel that training uses.
+        """
+        where, index = (place(segments_BT, "BT"), place(positions_BT, "BT")), cache.length
+        rope = _rope(positions_BT, self.head_dim, self.rope_theta)
+        cache, layers = cache.behind(*where), []
 
-    segments_BT: jax.Array
-    positions_BT: jax.Array
-    segments_BS: jax.Array | None = None
-    positions_BS: jax.Array | None = None
-    index: jax.Array | None = None
+        def attend(q_BTNH, k_BTKH, v_BTKH):
+            layers.append(cache_lib.written(cache.layers[len(layers)], k_BTKH, v_BTKH, index))
+            if first:
+                return attention(q_BTNH, k_BTKH, v_BTKH, *where, kernel=self.kernel)
+            return cache_lib.attention(q_BTNH, layers[-1], *where, cache)
 
-    def behind(self, cache: dict) -> "Where":
-        """The same queries, written into a cache behind what it holds."""
-        index = cache["length"]
-        return self._replace(
-            segments_BS=_write(cache["segments"], self.segments_BT, index, "BS"),
-            positions_BS=_write(cache["positions"], self.positions_BT, index, "BS"),
-            index=index,
-        )
+        x_BTD = _embed(params["embed"], tokens_BT, self.dtype)
+        for p in params["layers"]:
+            x_BTD = _layer(p, x_BTD, rope, attend, self.norm_eps)
+        return _rms_norm(x_BTD, params["norm"], self.norm_eps), cache._replace(layers=tuple(layers))
+
+    def empty_cache(self, batch: int, slots: int, dtype: str = "") -> Cache:
+        """A cache for so many tokens of `batch` rows, of the model's type or `dtype` (int8)."""
+        return cache_lib.empty(self.layers, batch, slots, self.kv_heads, self.head_dim,
+                               dtype or self.dtype)  # fmt: skip
 
 
 def _embed(table_VD, tokens_BT, dtype):
@@ -276,17 +270,18 @@ def _embed(table_VD, tokens_BT, dtype):
     return jax.shard_map(local, **layout)(place(table_VD, "VD"), place(tokens_BT, "BT"))
 
 
-def _attend(p, h_BTD, rope, where, kv, dropout, key, **how):
-    """The attention branch of one layer, and its keys and values with the new ones (or None)."""
-    q_BTNH = checkpoint_name(rope(linear("BTD,DNH->BTNH", h_BTD, p["q"])), "qkv")
-    k_BSKH = checkpoint_name(rope(linear("BTD,DKH->BTKH", h_BTD, p["k"])), "qkv")
-    v_BSKH = checkpoint_name(linear("BTD,DKH->BTKH", h_BTD, p["v"]), "qkv")
-    if kv is not None:
-        k_BSKH = _write(kv["k"], k_BSKH, where.index, "BSKH")
-        v_BSKH = _write(kv["v"], v_BSKH, where.index, "BSKH")
-        kv = dict(k=k_BSKH, v=v_BSKH)
-    o_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, *where[:4], dropout=dropout, key=key, **how)
-    return checkpoint_name(linear("BTNH,NHD->BTD", o_BTNH, p["o"]), "attention"), kv
+def _layer(p, x_BTD, rope, attend, eps, *drops):
+    """One layer; `attend` makes o_BTNH of queries, keys and values, `drops` act on the branches."""
+    drop_attn, drop_mlp = drops or (lambda x: x, lambda x: x)
+    h_BTD = _rms_norm(x_BTD, p["attn"]["norm"], eps)
+    q_BTNH = checkpoint_name(rope(linear("BTD,DNH->BTNH", h_BTD, p["attn"]["q"])), "qkv")
+    k_BTKH = checkpoint_name(rope(linear("BTD,DKH->BTKH", h_BTD, p["attn"]["k"])), "qkv")
+    v_BTKH = checkpoint_name(linear("BTD,DKH->BTKH", h_BTD, p["attn"]["v"]), "qkv")
+    o_BTNH = attend(q_BTNH, k_BTKH, v_BTKH)
+    h_BTD = checkpoint_name(linear("BTNH,NHD->BTD", o_BTNH, p["attn"]["o"]), "attention")
+    x_BTD += drop_attn(h_BTD)
+    h_BTD = _rms_norm(x_BTD, p["mlp"]["norm"], eps)
+    return x_BTD + drop_mlp(_mlp(p["mlp"], h_BTD))
 
 
 def _mlp(p, h_BTD):
@@ -317,16 +312,11 @@ def _rope(positions_BT, head_dim, theta):
     return rotate
 
 
-def _write(store, new, index, dims):
-    """`store` with `new` written at `index` of its second axis."""
-    return jax.lax.dynamic_update_slice_in_dim(store, place(new, dims), index, axis=1)
-
-
 def _dropout(x_BTD, where, key, rate):
     """Drops by a hash of row, segment, position and feature: the same on every mesh and ring."""
     if not rate:
         return x_BTD
     index_B, index_D = (place(jnp.arange(size), dim) for size, dim in
                         ((x_BTD.shape[0], "B"), (x_BTD.shape[2], ".")))  # fmt: skip
-    hash_BTD = mask.query_hash(jax.random.bits(key), index_B, *where[:2], index_D)
+    hash_BTD = mask.query_hash(jax.random.bits(key), index_B, *where, index_D)
     return jnp.where(mask.above(hash_BTD, rate), x_BTD / (1 - rate), 0).astype(x_BTD.dtype)

@@ -158,27 +158,47 @@ class Vocab:
                 raise ValueError(f"id {i} is outside the vocabulary of {self.size} ids")
         return self._encoding.decode(ids)
 
-    def image_block(self, codes_hw: np.ndarray) -> np.ndarray:
-        """Returns the ids of one image, from boi to eoi; codes in [0, codes)."""
-        codes_hw = self._checked(codes_hw, "hw")
-        h, w = codes_hw.shape
-        return self._block(f"{h}*{w}", codes_hw[None])
+    def image_head(self, h: int, w: int) -> list[int]:
+        """Returns the ids of an image before its codes, from boi to img."""
+        return [self.boi, *self.encode(f"{h}*{w}"), self.img]
 
-    def video_block(
-        self, codes_thw: np.ndarray, fps: float, temporal_factor: int = 4
-    ) -> np.ndarray:
-        """Returns the ids of one clip, from boi to eoi: EOL after each row, EOF after each frame.
+    def video_head(
+        self, t: int, h: int, w: int, fps: float, temporal_factor: int = 4
+    ) -> list[int]:
+        """Returns the ids of a clip before its codes, from boi to img.
 
         `fps` counts pixel frames a second, of which `temporal_factor` make one latent frame. Emu3's
         paper says that the text in front tells resolution, frame rate and duration but not how;
         `h*w {fps}fps {seconds}s` is this project's choice.
         """
-        codes_thw = self._checked(codes_thw, "thw")
-        t, h, w = codes_thw.shape
         if not 0.01 <= fps <= 1000:
             raise ValueError(f"a frame rate of {fps} frames a second; use 0.01 to 1000")
         seconds = t * temporal_factor / fps
-        return self._block(f"{h}*{w} {fps:g}fps {seconds:g}s", codes_thw)
+        return [self.boi, *self.encode(f"{h}*{w} {fps:g}fps {seconds:g}s"), self.img]
+
+    def frames(self, codes_thw: np.ndarray) -> np.ndarray:
+        """Returns the ids of frames: EOL after each row, EOF after each frame."""
+        codes_thw = self._checked(codes_thw, "thw")
+        t, h, _ = codes_thw.shape
+        rows_thw = np.concatenate(
+            [self.visual + codes_thw, np.full((t, h, 1), self.eol)], axis=-1, dtype=np.int32
+        )
+        eof_t1 = np.full((t, 1), self.eof, np.int32)
+        return np.concatenate([rows_thw.reshape(t, -1), eof_t1], axis=-1).ravel()
+
+    def image_block(self, codes_hw: np.ndarray) -> np.ndarray:
+        """Returns the ids of one image, from boi to eoi; codes in [0, codes)."""
+        codes_hw = self._checked(codes_hw, "hw")
+        return self._block(self.image_head(*codes_hw.shape), codes_hw[None])
+
+    def video_block(
+        self, codes_thw: np.ndarray, fps: float, temporal_factor: int = 4
+    ) -> np.ndarray:
+        """Returns the ids of one clip, from boi to eoi; see `video_head`."""
+        codes_thw = self._checked(codes_thw, "thw")
+        return self._block(
+            self.video_head(*codes_thw.shape, fps, temporal_factor), codes_thw
+        )
 
     def parse(self, ids: Sequence[int]) -> list[Text | Image | Video]:
         """Returns the pieces of a document in order; PAD, BOS and EOS only end a piece of text.
@@ -207,15 +227,9 @@ class Vocab:
                 at += 1
         return pieces + ([Text(self.decode(text))] if text else [])
 
-    def _block(self, meta: str, codes_thw: np.ndarray) -> np.ndarray:
-        t, h, _ = codes_thw.shape
-        rows_thw = np.concatenate(
-            [self.visual + codes_thw, np.full((t, h, 1), self.eol)], axis=-1, dtype=np.int32
-        )
-        eof_t1 = np.full((t, 1), self.eof, np.int32)
-        frames = np.concatenate([rows_thw.reshape(t, -1), eof_t1], axis=-1).ravel()
-        head = [self.boi, *self.encode(meta), self.img]
-        return np.concatenate([np.array(head, np.int32), frames, np.array([self.eoi], np.int32)])
+    def _block(self, head: list[int], codes_thw: np.ndarray) -> np.ndarray:
+        ends = np.array([self.eoi], np.int32)
+        return np.concatenate([np.array(head, np.int32), self.frames(codes_thw), ends])
 
     def _checked(self, codes: np.ndarray, dims: str) -> np.ndarray:
         codes = np.asarray(codes)

@@ -13,7 +13,7 @@ import reference
 import torch
 
 from emu3_jax import convert, generate, mesh, vocab
-from emu3_jax.generate import Generator, Grid, Prose, Sampling
+from emu3_jax.generate import Generator, Request, Sampling
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -25,11 +25,7 @@ IDS = vocab.Ids(
     visual=NAMES["<|visual token 000000|>"], codes=reference.CODES,
 )  # fmt: skip
 H, W = 3, 4
-STEPS = H * (W + 1) + 3
-HEAD = [IDS.boi, 3, 9, 4, IDS.img]
-PROMPTS = [[IDS.bos, 1, 2, 7, *HEAD], [IDS.bos, 30, *HEAD]]  # the second is padded in front
-NULL = [IDS.bos, 11, *HEAD]
-GREEDY = Sampling(guidance=3.0, top_k=0, temperature=0.0)
+GREEDY = Sampling(guidance=1.0, top_k=0, temperature=0.0)
 DRAWN = Sampling(guidance=2.0, top_k=16, top_p=0.9, seed=5)
 
 
@@ -47,115 +43,191 @@ def ported(hf, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def generators(ported):
-    """Makes a generator a sampling, once."""
+def generator(ported):
     model, params = ported
-    params = jax.tree.map(jnp.asarray, params)
-    made = {}
-
-    def get(sampling: Sampling) -> Generator:
-        key = dataclasses.astuple(sampling)
-        if key not in made:
-            made[key] = Generator(model, params, IDS, reference.TEXT_IDS, sampling)
-        return made[key]
-
-    return get
+    return Generator(model, jax.tree.map(jnp.asarray, params), IDS, reference.TEXT_IDS)
 
 
-def official_rule(tokens: torch.Tensor) -> list[int]:
+def head(h: int, w: int) -> list[int]:
+    """An image's beginning; the sizes are letters to this vocabulary."""
+    return [IDS.boi, h, 9, w, IDS.img]
+
+
+def request(text: list[int], h: int = H, w: int = W, **more) -> Request:
+    """An image asked for, and against another text."""
+    return Request([IDS.bos, *text, *head(h, w)], [IDS.bos, 11, *head(h, w)], (1, h, w), **more)
+
+
+TEXTS = [[1, 2, 7], [30]]  # the second is padded in front
+REQUESTS = [request(text) for text in TEXTS]
+
+
+def official_rule(tokens: torch.Tensor, h: int, w: int) -> list[int]:
     """The ids that Emu3's own prefix function allows next (section 6 of its processor's code)."""
     offset = len(tokens) - int(torch.nonzero(tokens == IDS.img)[0, 0])
-    if offset % (W + 1) == 0:
+    if offset % (w + 1) == 0:
         return [IDS.eol]
-    after = offset - (W + 1) * H
+    after = offset - (w + 1) * h
     ends = {1: IDS.eof, 2: IDS.eoi, 3: IDS.eos}
     if after > 0:
         return [ends.get(after, IDS.pad)]
     return list(range(IDS.visual, IDS.visual + IDS.codes))
 
 
-def by_transformers(hf, prompt: list[int], **guidance) -> list[int]:
-    ids = torch.tensor([prompt])
+def by_transformers(hf, asked: Request, guidance: float) -> np.ndarray:
+    """The likeliest codes_thw, with every token drawn in turn."""
+    _, h, w = asked.size
+    ids, null = torch.tensor([asked.prompt]), torch.tensor([asked.null])
+    guided = dict(guidance_scale=guidance, negative_prompt_ids=null,
+                  negative_prompt_attention_mask=torch.ones_like(null)) if guidance != 1 else {}
     with torch.no_grad():
         tokens = hf.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=STEPS,
-            prefix_allowed_tokens_fn=lambda _, tokens: official_rule(tokens),
-            pad_token_id=IDS.pad, eos_token_id=IDS.eos, **guidance,
+            ids, attention_mask=torch.ones_like(ids), do_sample=False,
+            max_new_tokens=h * (w + 1) + 3, pad_token_id=IDS.pad, eos_token_id=IDS.eos,
+            prefix_allowed_tokens_fn=lambda _, tokens: official_rule(tokens, h, w), **guided,
         )  # fmt: skip
-    return tokens[0, len(prompt) :].tolist()
+    tokens = tokens[0, ids.shape[1] :].tolist()
+    assert tokens[-3:] == [IDS.eof, IDS.eoi, IDS.eos]
+    return np.array(tokens[:-3]).reshape(1, h, w + 1)[..., :-1] - IDS.visual
 
 
-def test_greedy_images_with_guidance_are_those_of_transformers(hf, generators):
-    null = torch.tensor([NULL])
-    want = [by_transformers(hf, prompt, guidance_scale=3.0, negative_prompt_ids=null,
-                            negative_prompt_attention_mask=torch.ones_like(null))
-            for prompt in PROMPTS]  # fmt: skip
-    got_BT = generators(GREEDY).tokens(PROMPTS, [NULL] * 2, STEPS, Grid(IDS, H, W))
-    assert got_BT.tolist() == want
-    assert [row[-3:] for row in want] == [[IDS.eof, IDS.eoi, IDS.eos]] * 2 and want[0] != want[1]
-    codes_Bhw = generators(GREEDY).images(PROMPTS, NULL, H, W)
-    assert codes_Bhw.shape == (2, H, W) and 0 <= codes_Bhw.min() and codes_Bhw.max() < IDS.codes
-    rows = np.concatenate([IDS.visual + codes_Bhw, np.full((2, H, 1), IDS.eol)], axis=-1)
-    assert rows.reshape(2, -1).tolist() == [row[:-3] for row in want]
+def same(got: list[np.ndarray], want: list[np.ndarray]) -> None:
+    for got_thw, want_thw in zip(got, want, strict=True):
+        np.testing.assert_array_equal(got_thw, want_thw)
 
 
-def test_greedy_images_without_guidance_are_those_of_transformers(hf, generators):
-    plain = dataclasses.replace(GREEDY, guidance=1.0)
-    want = [by_transformers(hf, prompt) for prompt in PROMPTS]
-    got_BT = generators(plain).tokens(PROMPTS, [], STEPS, Grid(IDS, H, W))
-    assert got_BT.tolist() == want
-    guided_Bhw = generators(GREEDY).images(PROMPTS, NULL, H, W)
-    assert (guided_Bhw != generators(plain).images(PROMPTS, NULL, H, W)).any()
+def test_greedy_images_are_those_of_transformers(hf, generator):
+    """With guidance and without, of other prompts and sizes in one batch, twenty in all."""
+    rng = np.random.default_rng(0)
+    asked = [request(rng.integers(0, 40, rng.integers(1, 9)).tolist(), h, w)
+             for h, w in rng.integers(3, 6, (16, 2)).tolist()]  # fmt: skip
+    guided = dataclasses.replace(GREEDY, guidance=3.0)
+    same(generator.codes(asked, guided), [by_transformers(hf, r, 3.0) for r in asked])
+    want = [by_transformers(hf, r, 1.0) for r in asked[:4]]
+    same(generator.codes(asked[:4], GREEDY), want)
+    pairs = zip(want, generator.codes(asked[:4], guided), strict=True)
+    assert any((plain_thw != guided_thw).any() for plain_thw, guided_thw in pairs)
 
 
-def test_greedy_text_is_that_of_transformers_up_to_eos(hf, generators):
+def test_greedy_text_is_that_of_transformers_up_to_eos(hf, ported, generator):
     """EOS is moved onto a token that comes, so that it does."""
     prompts = [[IDS.bos, 5, 6, 7], [IDS.bos, 8]]
-    text_ids = list(range(reference.TEXT_IDS))
     want = []
     with torch.no_grad():
         for prompt in prompts:
             ids = torch.tensor([prompt])
-            out = hf.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                              max_new_tokens=8, prefix_allowed_tokens_fn=lambda *_: text_ids,
-                              pad_token_id=IDS.pad, eos_token_id=IDS.eos)  # fmt: skip
+            out = hf.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8,
+                prefix_allowed_tokens_fn=lambda *_: list(range(reference.TEXT_IDS)),
+                pad_token_id=IDS.pad, eos_token_id=IDS.eos,
+            )  # fmt: skip
             want.append(out[0, len(prompt) :].tolist())
-    generator = generators(GREEDY)
-    got_BT = generator.tokens(prompts, [], 8, Prose(reference.TEXT_IDS, IDS.eos))
-    assert got_BT.tolist() == want
+    assert generator.text(prompts, 8, GREEDY) == want
     eos = next(i for at, i in enumerate(want[0]) if at >= 2 and i not in want[0][:at])
-    ending = Generator(generator._model, generator._params, dataclasses.replace(IDS, eos=eos),
-                       reference.TEXT_IDS, GREEDY)  # fmt: skip
-    cut = [row[: row.index(eos)] if eos in row else row for row in want]
-    assert len(cut[0]) >= 2 and ending.text(prompts, 8) == cut
-
-
-def test_a_row_depends_on_seed_and_prompt_alone(generators):
-    """Not on the batch, its order or its padding; and on both of them it does."""
-    longer = [IDS.bos, *range(10), *HEAD]
-    generator = generators(DRAWN)
-    first_Bhw = generator.images(PROMPTS, NULL, H, W)
-    other_Bhw = generator.images([PROMPTS[1], longer, PROMPTS[0]], NULL, H, W)
-    np.testing.assert_array_equal(other_Bhw[2], first_Bhw[0])
-    np.testing.assert_array_equal(other_Bhw[0], first_Bhw[1])
-    assert len({codes_hw.tobytes() for codes_hw in other_Bhw}) == 3
-    again = generators(dataclasses.replace(DRAWN, seed=6)).images(PROMPTS, NULL, H, W)
-    assert (again[0] != first_Bhw[0]).any() and (again[1] != first_Bhw[1]).any()
-    greedy_Bhw = generators(GREEDY).images(PROMPTS, NULL, H, W)
-    assert (greedy_Bhw != first_Bhw).any()
-
-
-def test_drawing_is_the_same_on_a_mesh(ported, generators):
     model, params = ported
-    want_Bhw = generators(DRAWN).images(PROMPTS, NULL, H, W)
+    ending = Generator(model, params, dataclasses.replace(IDS, eos=eos),
+                       reference.TEXT_IDS)  # fmt: skip
+    cut = [row[: row.index(eos)] if eos in row else row for row in want]
+    assert len(cut[0]) >= 2 and ending.text(prompts, 8, GREEDY) == cut
+
+
+def plainly(model, params, asked: Request, sampling: Sampling) -> np.ndarray:
+    """What a loop draws that knows nothing of caches, ends read in passing and columns.
+
+    Every token is drawn from all logits of a pass over all tokens; codes take the numbers that
+    belong to them.
+    """
+    t, h, w = asked.size
+
+    @jax.jit
+    def scores(tokens_BT, segments_BT):
+        positions_BT = jnp.maximum(segments_BT.cumsum(axis=1) - 1, 0)
+        return model.logits(params, tokens_BT, segments_BT, positions_BT)[:, -1]
+
+    frame = h * (w + 1) + 1
+    drawn, tokens = 0, []
+    room = max(len(asked.prompt), len(asked.null)) + t * frame
+    key = jax.random.fold_in(jax.random.key(sampling.seed), generate.seed_of(asked.prompt))
+    key = jax.random.fold_in(key, asked.copy)
+    for offset in range(asked.given * frame, t * frame):
+        low, high = vocab.legal_range(IDS, offset + 1, h, w, t)
+        branches = [[*branch, *tokens] for branch in (asked.prompt, asked.null)]
+        tokens_BT = np.array([[0] * (room - len(b)) + b for b in branches], np.int32)
+        segments_BT = np.array([[0] * (room - len(b)) + [1] * len(b) for b in branches], np.int32)
+        logits_BV = scores(tokens_BT, segments_BT)
+        if high - low == 1:
+            tokens.append(low)
+            continue
+        token_B = generate.sample(np.asarray(logits_BV)[:, low:high], True,
+                                  jax.random.fold_in(key, drawn)[None], sampling)  # fmt: skip
+        tokens.append(low + int(token_B[0]))
+        drawn += 1
+    frames = np.array(tokens).reshape(t - asked.given, frame)[:, :-1]
+    return frames.reshape(-1, h, w + 1)[..., :-1] - IDS.visual
+
+
+def test_draws_are_those_of_the_plain_loop(ported, generator):
+    """Images of a column, of a row, and a video of which a frame is given, in one batch."""
+    model, params = ported
+    given = [IDS.visual + 5, IDS.visual + 9, IDS.eol, IDS.visual, IDS.visual + 63, IDS.eol, IDS.eof]
+    video = request([4, 4], 2, 2)
+    video = Request([*video.prompt, *given], [*video.null, *given], (3, 2, 2), given=1)
+    asked = [request([3], 4, 1), request([3, 8, 9], 1, 5), video, request([2], 3, 2, copy=1)]
+    got = generator.codes(asked, DRAWN)
+    assert [codes_thw.shape for codes_thw in got] == [(1, 4, 1), (1, 1, 5), (2, 2, 2), (1, 3, 2)]
+    same(got, [plainly(model, params, r, DRAWN) for r in asked])
+
+
+def test_a_request_depends_on_seed_prompt_and_copy_alone(generator):
+    """Not on the batch, its order or its padding."""
+    first = generator.codes(REQUESTS, DRAWN)
+    longer = request(list(range(10)))
+    other = generator.codes([REQUESTS[1], longer, REQUESTS[0], request(TEXTS[0], copy=1)], DRAWN)
+    same([other[2], other[0]], first)
+    assert len({codes_thw.tobytes() for codes_thw in other}) == 4
+    again = generator.codes(REQUESTS, dataclasses.replace(DRAWN, seed=6))
+    assert (again[0] != first[0]).any() and (again[1] != first[1]).any()
+
+
+def test_who_watches_sees_the_codes_come(generator):
+    seen = []
+    drawn = generator.codes(REQUESTS, DRAWN, lambda drawn_RT, n: seen.append((drawn_RT.copy(), n)))
+    assert [drawn_RT.shape for drawn_RT, _ in seen] == [(2, n) for n in range(1, H * W + 1)]
+    for drawn_RT, steps in seen:
+        assert steps == H * W
+        np.testing.assert_array_equal(
+            drawn_RT, np.stack(drawn).reshape(2, -1)[:, : drawn_RT.shape[1]]
+        )
+    same(generator.codes(REQUESTS, DRAWN), drawn)
+
+
+def test_a_cache_of_bytes_draws_almost_the_same(ported, generator):
+    model, params = ported
+    small = Generator(model, params, IDS, reference.TEXT_IDS, cache_dtype="int8")
+    asked = [request([i], 3, 4) for i in range(8)]
+    guided = dataclasses.replace(GREEDY, guidance=3.0)
+    got, want = small.codes(asked, guided), generator.codes(asked, guided)
+    first = [(a[0, 0, 0], b[0, 0, 0]) for a, b in zip(got, want, strict=True)]
+    assert all(a == b for a, b in first)
+    assert np.mean([a == b for a, b in zip(got, want, strict=True)]) > 0.5
+
+
+def test_drawing_is_the_same_on_a_mesh(ported, generator):
+    """Three requests over two rows of devices: one row more is drawn and left out."""
+    model, params = ported
+    asked = [*REQUESTS, request([5], 2, 6)]
+    want = generator.codes(asked, DRAWN)
+    texts = [[IDS.bos, 5, 6, 7], [IDS.bos, 8], [IDS.bos, 1]]
+    said = generator.text(texts, 5, DRAWN)
     device_mesh = mesh.Mesh(data=2, fsdp=1, tensor=2).make(jax.devices()[:4])
     with jax.set_mesh(device_mesh):
         spread = jax.tree.map(
             lambda w, p: jax.device_put(w, mesh.sharding(device_mesh, p.dims)),
             params, model.params(),
         )  # fmt: skip
-        generator = Generator(model, spread, IDS, reference.TEXT_IDS, DRAWN)
-        np.testing.assert_array_equal(generator.images(PROMPTS, NULL, H, W), want_Bhw)
+        there = Generator(model, spread, IDS, reference.TEXT_IDS)
+        same(there.codes(asked, DRAWN), want)
+        assert there.text(texts, 5, DRAWN) == said
 
 
 def expected(logits_V, sampling: Sampling, legal_V, without_V=None) -> np.ndarray:
@@ -219,29 +291,32 @@ def test_temperature_zero_takes_the_likeliest_legal_id():
     assert token_B.tolist() == [4]
 
 
-def test_the_grammar_of_text_and_of_an_image():
-    id_V = np.arange(len(NAMES))
-    legal = np.flatnonzero(Prose(reference.TEXT_IDS, IDS.eos)(0, id_V))
-    assert legal.tolist() == [*range(reference.TEXT_IDS), IDS.eos]
-    tokens = [IDS.img]
-    for step in range(STEPS):
-        legal = np.flatnonzero(Grid(IDS, H, W)(step, id_V)).tolist()
-        assert legal == official_rule(torch.tensor(tokens)), step
-        tokens.append(legal[0])
-
-
 @pytest.mark.parametrize(
     "fields", [dict(temperature=-0.1), dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.1)]
 )
-def test_a_sampling_out_of_range(fields):
+def test_a_sampling_out_of_range(fields, generator):
     sampling = Sampling(**fields)
     with pytest.raises(ValueError) as error:
-        Generator(None, {}, IDS, reference.TEXT_IDS, sampling)
+        generator.codes(REQUESTS, sampling)
     assert str(error.value) == f"{sampling}: want temperature >= 0, top_k >= 0, 0 < top_p <= 1"
 
 
-def test_an_image_prompt_that_does_not_end_with_img(generators):
-    for prompts, null in (([PROMPTS[0], [IDS.bos, 5]], NULL), (PROMPTS, [IDS.bos, 5])):
+def test_requests_that_do_not_end_as_they_must(generator):
+    asked = REQUESTS[0]
+    for fields, message in {
+        "prompt": (dict(prompt=[IDS.bos, 5]), f"a prompt ends with id 5, not with img {IDS.img}"),
+        "null": (dict(null=[IDS.bos, 5]), f"a prompt ends with id 5, not with img {IDS.img}"),
+        "given": (dict(size=(2, H, W), given=1),
+                  f"a prompt ends with id {IDS.img}, not with EOF {IDS.eof}"),
+        "all": (dict(prompt=[IDS.eof], null=[IDS.eof], given=1),
+                "all 1 latent frames of a video are given"),
+    }.values():  # fmt: skip
         with pytest.raises(ValueError) as error:
-            generators(GREEDY).images(prompts, null, H, W)
-        assert str(error.value) == f"an image prompt ends with id 5, not with img {IDS.img}"
+            generator.codes([dataclasses.replace(asked, **fields)], DRAWN)
+        assert str(error.value) == message
+
+
+def test_rows_are_not_cut():
+    with jax.set_mesh(mesh.Mesh(fsdp=1, context=2).make(jax.devices()[:2])):
+        with pytest.raises(ValueError, match="take a mesh of context=1"):
+            Generator(None, {}, IDS, reference.TEXT_IDS)

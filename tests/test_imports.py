@@ -16,8 +16,9 @@ ALLOWED = {
     "emu3_jax": set(),
     "tokenizer": {"emu3_jax"},
     "data_pipelines": {"tokenizer", "emu3_jax"},
-    "demo": {"data_pipelines", "tokenizer", "emu3_jax"},
-    "configs": {"demo", "data_pipelines", "tokenizer", "emu3_jax"},
+    "inference": {"data_pipelines", "tokenizer", "emu3_jax"},
+    "demo": {"inference", "data_pipelines", "tokenizer", "emu3_jax"},
+    "configs": {"demo", "inference", "data_pipelines", "tokenizer", "emu3_jax"},
     "launch": {"emu3_jax"},
 }
 # What launch may import of the project: neither of them loads JAX.

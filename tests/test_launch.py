@@ -231,7 +231,7 @@ def test_the_image_has_the_repository_and_what_the_lock_says():
     names = [name for name, _ in said]
     assert names.index("WORKDIR") < names.index("COPY")
     assert not any(ignored(name) for name in ("emu3_jax", "configs", "data_pipelines", "launch",
-                                              "tokenizer", "demo", "README.md"))  # fmt: skip
+                                              "tokenizer", "inference", "demo", "README.md"))  # fmt: skip
     (marks,) = re.findall("^jax==.*; (.*)$", (ROOT / "requirements.lock").read_text(), re.M)[:1]
     assert marks == "python_full_version < '3.12'" and dict(said)["FROM"] == "python:3.11-slim"
 

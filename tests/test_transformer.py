@@ -232,17 +232,17 @@ def test_decoding_with_a_cache_equals_the_full_pass(tiny):
     positions_BT = np.maximum(segments_BT.cumsum(axis=1) - 1, 0).astype(np.int32)
     row = tokens_BT, segments_BT, positions_BT
     want_BTV = jax.jit(model.logits)(weights, *row)
+    apart = model.apart(weights)
 
-    @functools.partial(jax.jit, static_argnums=4)
-    def step(tokens, segments, positions, cache, room=None):
-        cache = model.empty_cache(2, room) if cache is None else cache
-        x_BTD, cache = model.hidden(weights, tokens, segments, positions, cache)
+    @functools.partial(jax.jit, static_argnames="first")
+    def step(tokens, segments, positions, cache, first=False):
+        x_BTD, cache = model.read(apart, tokens, segments, positions, cache, first)
         return model.scores(weights, x_BTD), cache
 
-    got_BTV, cache = step(*(x[:, :6] for x in row), None, 12)
+    got_BTV, cache = step(*(x[:, :6] for x in row), model.empty_cache(2, 12), first=True)
     parts = [got_BTV]
     for at in range(6, 10):
-        assert int(cache["length"]) == at
+        assert int(cache.length) == at
         got_BTV, cache = step(*(x[:, at : at + 1] for x in row), cache)
         parts.append(got_BTV)
     real_BT = segments_BT == 1
@@ -268,7 +268,7 @@ def test_dropout_acts_on_embeddings_and_on_both_branches_of_every_layer():
     model = toy.model(width=64, layers=1, dropout=0.5)
     weights = jax.jit(model.init)(jax.random.key(0))[0]
     row = alone(np.arange(1, 33, dtype=np.int32).reshape(2, 16))
-    hidden = jax.jit(lambda w, key: model.hidden(w, *row, key=key)[0])
+    hidden = jax.jit(lambda w, key: model.hidden(w, *row, key))
 
     def zeros(attention: bool, mlp: bool) -> float:
         attn, rest = weights["layers"]["attn"], weights["layers"]["mlp"]
@@ -291,7 +291,7 @@ def test_layers_draw_their_own_dropout():
     mlp = weights["layers"]["mlp"]
     layers = weights["layers"] | dict(mlp=mlp | dict(down=mlp["down"] * 0))
     row = alone(np.arange(1, 33, dtype=np.int32).reshape(2, 16))
-    x_BTD = jax.jit(lambda w: model.hidden(w, *row, key=jax.random.key(2))[0])(
+    x_BTD = jax.jit(lambda w: model.hidden(w, *row, jax.random.key(2)))(
         weights | dict(layers=layers)
     )
     want = 0.5**3  # embedding and two attention branches, each by itself
