@@ -9,6 +9,7 @@ multiplies with the visual columns of the head alone.
 """
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -19,7 +20,7 @@ import numpy as np
 
 from emu3_jax import vocab as vocab_lib
 from emu3_jax.cache import Cache
-from emu3_jax.mesh import einsum, place, shards
+from emu3_jax.mesh import einsum, place, shards, spec
 
 BUCKET = 64  # prompts and drawn tokens take a multiple of room, so that few sizes are compiled for
 WATCHED = 100  # times that somebody who watches is told of a whole image
@@ -84,13 +85,9 @@ class Generator:
             raise ValueError("a row's tokens come one after the other: take a mesh of context=1")
         self._model, self._ids, self._text_size = model, ids, text_size
         self._cache_dtype = cache_dtype
-        self._params = jax.jit(model.apart)(params)
-        self._visual_DC = jax.jit(self._visual)(self._params["head"])
-        static = ("text", "sampling")
-        self._begin = jax.jit(self._begin, static_argnames=("room", "slots", *static))
-        self._advance = jax.jit(
-            self._advance, static_argnames=("wide", *static), donate_argnames=("state",)
-        )
+        self._params = _made(model.apart, params)
+        self._visual_DC = _made(self._visual, self._params["head"])
+        self._programs = functools.cache(self._programs)
 
     def codes(
         self, requests: Sequence[Request], sampling: Sampling, watch: Callable | None = None
@@ -101,17 +98,9 @@ class Generator:
         codes [requests, so far] and of how many there will be at most. Raises ValueError if a
         request does not end as it must.
         """
-        self._check(requests)
-        rows = [*requests, *requests[-1:] * (-len(requests) % shards("B")[0])]
-        grid = Grid.of(rows)
-        counts_R = grid.end_R - grid.begin_R
-        steps, wide = int(counts_R.max()), 3 if max(r.size[0] for r in rows) > 1 else 2
-        prompts = [r.prompt for r in rows]
-        if sampling.guidance != 1:
-            prompts += [r.null for r in rows]
-        slots = steps + (wide - 1) * int(grid.ends(np.arange(1, steps)[:, None])[0].any(1).sum())
-        drawn_RT = self._run(prompts, [r.copy for r in rows], grid, steps, slots, sampling, watch,
-                             wide=wide, text=False)  # fmt: skip
+        work = self._work(requests, sampling)
+        drawn_RT = self._run(work, watch)
+        counts_R = work.grid.end_R - work.grid.begin_R
         return [row_T[:count].reshape(-1, *r.size[1:])
                 for r, row_T, count in zip(requests, drawn_RT, counts_R, strict=False)]
 
@@ -123,16 +112,29 @@ class Generator:
 
         Guidance has no part in it. `watch` is told as in `codes`.
         """
-        fill = -len(prompts) % shards("B")[0]
-        prompts, copies = list(prompts), list(copies) or [0] * len(prompts)
-        rows, copies = prompts + prompts[-1:] * fill, copies + copies[-1:] * fill
-        drawn_RT = self._run(rows, copies, Grid.of_text(len(rows), length), length, length,
-                             dataclasses.replace(sampling, guidance=1.0), watch,
-                             wide=1, text=True)  # fmt: skip
+        asked = len(prompts)
+        prompts = _filled(prompts)
+        copies = _filled(list(copies) or [0] * len(prompts))
+        sampling = dataclasses.replace(sampling, guidance=1.0)
+        grid = Grid.of_text(len(prompts), length)
+        work = _Work(prompts, copies, grid, length, length, sampling, dict(wide=1, text=True))
         return [[int(i) for i in row_T[: _index(row_T, self._ids.eos)]]
-                for row_T in drawn_RT[: len(prompts)]]
+                for row_T in self._run(work, watch)[:asked]]
 
-    def _check(self, requests: Sequence[Request]) -> None:
+    def lowered(self, requests: Sequence[Request], sampling: Sampling) -> jax.stages.Lowered:
+        """The loop that draws these, to be compiled ahead of time: the weights may be abstract."""
+        work = self._work(requests, sampling)
+        length = -(-max(map(len, work.prompts)) // BUCKET) * BUCKET
+        int_BT = jax.ShapeDtypeStruct((len(work.prompts), length), jnp.int32,
+                                      sharding=spec("BT"))  # fmt: skip
+        seeds_R = jax.ShapeDtypeStruct((len(work.copies),), jnp.uint32)
+        key = jax.eval_shape(jax.random.key, 0)
+        begin, advance = self._steps(work)
+        state = jax.eval_shape(begin, self._params, self._visual_DC, [int_BT] * 3, seeds_R,
+                               np.array(work.copies), key)  # fmt: skip
+        return advance.lower(self._params, self._visual_DC, state, work.grid, work.steps)
+
+    def _work(self, requests: Sequence[Request], sampling: Sampling) -> "_Work":
         for request in requests:
             name = "EOF" if request.given else "img"
             want = self._ids.eof if request.given else self._ids.img
@@ -141,24 +143,42 @@ class Generator:
                     raise ValueError(f"a prompt ends with id {branch[-1]}, not with {name} {want}")
             if request.given >= request.size[0]:
                 raise ValueError(f"all {request.size[0]} latent frames of a video are given")
+        rows = _filled(requests)
+        grid, wide = Grid.of(rows), 3 if max(r.size[0] for r in rows) > 1 else 2
+        steps = int((grid.end_R - grid.begin_R).max())
+        ends = int(grid.ends(np.arange(1, steps)[:, None])[0].any(axis=1).sum())
+        prompts = [r.prompt for r in rows]
+        if sampling.guidance != 1:
+            prompts += [r.null for r in rows]
+        return _Work(prompts, [r.copy for r in rows], grid, steps, steps + (wide - 1) * ends,
+                     sampling, dict(wide=wide, text=False))  # fmt: skip
 
-    def _run(self, prompts, copies, grid, steps, slots, sampling, watch, **how) -> np.ndarray:
+    def _run(self, work: "_Work", watch: Callable | None) -> np.ndarray:
         """Prefill, then pieces of the loop, between which somebody may watch -> drawn_RT."""
-        sampling.check()
-        key = jax.random.key(sampling.seed)
-        how["sampling"] = dataclasses.replace(sampling, seed=0)  # which is no reason to recompile
-        prompt, seeds_R = self._padded(prompts, len(copies))
-        room, slots = -(-steps // BUCKET) * BUCKET, -(-slots // BUCKET) * BUCKET
-        drawn_how = dict(text=how["text"], sampling=how["sampling"])
-        state = self._begin(self._params, self._visual_DC, prompt, seeds_R, np.array(copies), key,
-                            room=room, slots=slots, **drawn_how)  # fmt: skip
-        every = -(-steps // WATCHED) if watch else steps
-        for until in range(every, steps + every, every):
-            state = self._advance(self._params, self._visual_DC, state, grid,
-                                  min(until, steps), **how)  # fmt: skip
+        work.sampling.check()
+        begin, advance = self._steps(work)
+        prompt, seeds_R = self._padded(work.prompts, len(work.copies))
+        state = begin(self._params, self._visual_DC, prompt, seeds_R, np.array(work.copies),
+                      jax.random.key(work.sampling.seed))  # fmt: skip
+        every = -(-work.steps // WATCHED) if watch else work.steps
+        for until in range(every, work.steps + every, every):
+            until = min(until, work.steps)
+            state = advance(self._params, self._visual_DC, state, work.grid, until)
             if watch:
-                watch(np.asarray(state.drawn_RT)[:, : int(state.index)], steps)
-        return np.asarray(state.drawn_RT)[:, :steps]
+                done = min(int(state.index), work.steps)
+                watch(np.asarray(state.drawn_RT)[:, :done], work.steps)
+        return np.asarray(state.drawn_RT)[:, : work.steps]
+
+    def _steps(self, work: "_Work") -> tuple:
+        """The two programs, with all that is fixed when they are compiled."""
+        sampling = dataclasses.replace(work.sampling, seed=0)  # which comes as a key
+        room, slots = (-(-count // BUCKET) * BUCKET for count in (work.steps, work.slots))
+        return self._programs(sampling, room, slots, **work.how)
+
+    def _programs(self, sampling: Sampling, room: int, slots: int, wide: int, text: bool) -> tuple:
+        begin = functools.partial(self._begin, room=room, slots=slots, text=text, sampling=sampling)
+        advance = functools.partial(self._advance, wide=wide, text=text, sampling=sampling)
+        return jax.jit(begin), jax.jit(advance, donate_argnums=2)
 
     def _padded(self, prompts, requests: int) -> tuple:
         """(tokens, segments, positions of the prompts [B, T]) and seeds_R of the first ones."""
@@ -242,10 +262,7 @@ class Generator:
 
     def _draw(self, params, visual_DC, state, x_BTD, text: bool, sampling):
         """The state with one token more of each request, from the hidden states before it."""
-        head_DV = params["head"] if text else visual_DC
-        logits_BTV = einsum("BTD,DV->BTV", x_BTD[:, -1:], head_DV,
-                            preferred_element_type=jnp.float32)  # fmt: skip
-        logits_BV = place(logits_BTV, "...")[:, 0]
+        logits_BV = self._logits(params["head"] if text else visual_DC, x_BTD[:, -1:])[:, 0]
         id_V = jnp.arange(logits_BV.shape[-1])
         if text:
             legal_V = (id_V < self._text_size) | (id_V == self._ids.eos)
@@ -257,6 +274,23 @@ class Generator:
             state.drawn_RT, token_R.astype(jnp.int32), state.index, 1
         )
         return state._replace(drawn_RT=drawn_RT, index=state.index + 1)
+
+
+    def _logits(self, head_DV, x_BTD) -> jax.Array:
+        logits_BTV = einsum("BTD,DV->BTV", x_BTD, head_DV, preferred_element_type=jnp.float32)
+        return place(logits_BTV, "...")
+
+
+class _Work(NamedTuple):
+    """What is to be drawn: prompts of both branches, tokens of each request, slots of the cache."""
+
+    prompts: list
+    copies: list[int]
+    grid: "Grid"
+    steps: int
+    slots: int
+    sampling: Sampling
+    how: dict
 
 
 class State(NamedTuple):
@@ -309,33 +343,52 @@ class Grid(NamedTuple):
         return tokens(self.begin_R + index) - tokens(self.begin_R)
 
 
+def _filled(rows: Sequence) -> list:
+    """As many rows as the mesh splits, the last of them repeated."""
+    return [*rows, *rows[-1:] * (-len(rows) % shards("B")[0])]
+
+
+def _made(function, *args):
+    """What a function makes of arrays; of abstract ones, the abstract result."""
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(args)):
+        return jax.eval_shape(function, *args)
+    return jax.jit(function)(*args)
+
+
 def seed_of(prompt: Sequence[int]) -> int:
     """A number of 32 bits that stands for the prompt."""
     return zlib.crc32(np.array(prompt, np.int64).tobytes())
 
 
 def sample(
-    logits_BV: jax.Array, legal_V: jax.Array, keys_B: jax.Array, sampling: Sampling
+    logits_BV: jax.Array, legal_V: jax.Array, keys_R: jax.Array, sampling: Sampling
 ) -> jax.Array:
-    """One token a key from logits [B, V] (or [2B, V]: with the prompt, then without) -> token_B."""
-    scores_BV = logits_BV
-    if logits_BV.shape[0] != keys_B.shape[0]:  # log-probabilities would differ by a constant
-        with_BV, without_BV = jnp.split(logits_BV, 2)
-        scores_BV = without_BV + sampling.guidance * (with_BV - without_BV)
-    scores_BV = jnp.where(legal_V, scores_BV, -jnp.inf)
+    """One token a key from logits [R, V] (or [2R, V]: with the prompt, then without) -> token_R."""
+    scores_RV = scores(logits_BV, legal_V, len(keys_R), sampling)
+    return jax.vmap(jax.random.categorical)(keys_R, scores_RV)
+
+
+def scores(logits_BV, legal_V, requests: int, sampling: Sampling) -> jax.Array:
+    """The logarithms of what `sample` draws by, but for a constant: scores_RV, -inf if never."""
+    scores_RV = logits_BV
+    if len(logits_BV) != requests:  # log-probabilities would differ by a constant
+        with_RV, without_RV = jnp.split(logits_BV, 2)
+        scores_RV = without_RV + sampling.guidance * (with_RV - without_RV)
+    scores_RV = jnp.where(legal_V, scores_RV, -jnp.inf)
     if sampling.temperature == 0:
-        return jnp.argmax(scores_BV, axis=-1)
-    if 0 < sampling.top_k < scores_BV.shape[-1]:
-        least_B = jax.lax.top_k(scores_BV, sampling.top_k)[0][:, -1:]
-        scores_BV = jnp.where(scores_BV >= least_B, scores_BV, -jnp.inf)
+        best_R = jnp.argmax(scores_RV, axis=-1, keepdims=True)
+        return jnp.where(jnp.arange(scores_RV.shape[-1]) == best_R, 0.0, -jnp.inf)
+    if 0 < sampling.top_k < scores_RV.shape[-1]:
+        least_R = jax.lax.top_k(scores_RV, sampling.top_k)[0][:, -1:]
+        scores_RV = jnp.where(scores_RV >= least_R, scores_RV, -jnp.inf)
     if sampling.top_p < 1:
-        sorted_BV = jnp.sort(scores_BV, axis=-1, descending=True)
-        before_BV = jnp.cumsum(jax.nn.softmax(sorted_BV), axis=-1) - jax.nn.softmax(sorted_BV)
-        least_B = jnp.min(
-            jnp.where(before_BV < sampling.top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True
+        sorted_RV = jnp.sort(scores_RV, axis=-1, descending=True)
+        before_RV = jnp.cumsum(jax.nn.softmax(sorted_RV), axis=-1) - jax.nn.softmax(sorted_RV)
+        least_R = jnp.min(
+            jnp.where(before_RV < sampling.top_p, sorted_RV, jnp.inf), axis=-1, keepdims=True
         )
-        scores_BV = jnp.where(scores_BV >= least_B, scores_BV, -jnp.inf)
-    return jax.vmap(jax.random.categorical)(keys_B, scores_BV / sampling.temperature)
+        scores_RV = jnp.where(scores_RV >= least_R, scores_RV, -jnp.inf)
+    return scores_RV / sampling.temperature
 
 
 def _index(row, token) -> int:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines import chat
-from emu3_jax import convert, generate
+from emu3_jax import convert, generate, jacobi
 from emu3_jax import vocab as vocabulary
 from emu3_jax.mesh import Mesh
 from tokenizer import convert as tokenizer_convert
@@ -27,8 +27,9 @@ class Model:
     """The models of a job: runs of ours, or published weights in one of their layouts.
 
     `suffix` is put behind each caption, and `negative` is the caption of guidance's other branch.
-    `cache_dtype` "int8" halves the memory of keys and values. Several hosts work apart, each on the
-    `mesh` of its own devices.
+    `cache_dtype` "int8" halves the memory of keys and values. With a `window` so many tokens of an
+    image are guessed at once (see jacobi.py), which may pay for one image at a time. Several hosts
+    work apart, each on the `mesh` of its own devices.
     """
 
     tokenizer: str = ""
@@ -37,6 +38,7 @@ class Model:
     suffix: str = ""
     negative: str = ""
     cache_dtype: str = ""
+    window: int = 0
     mesh: Mesh = dataclasses.field(default_factory=lambda: Mesh(data=-1, fsdp=1))
 
     @contextlib.contextmanager
@@ -103,9 +105,10 @@ class Artist:
                 f"the decoder has {decoder.vocab}; use the vocabulary it was trained with"
             )
         self._suffix, self._negative = model.suffix, model.negative
-        self._generator = generate.Generator(
-            decoder, params, self.vocab.ids, self.vocab.text_size, model.cache_dtype
-        )
+        weights = decoder, params, self.vocab.ids, self.vocab.text_size, model.cache_dtype
+        self.generator = generate.Generator(*weights)
+        if model.window:
+            self.generator = jacobi.Speculative(*weights, window=model.window)
 
     def codes(self, image_BHWC: np.ndarray) -> np.ndarray:
         """uint8 pixels to codes_Bhw."""
@@ -129,7 +132,7 @@ class Artist:
         watch: Callable | None = None,
     ) -> list[np.ndarray]:  # fmt: skip
         """The codes of each that are not given, int32 codes_thw; `watch` as in Generator.codes."""
-        return self._generator.codes([self._request(p) for p in pictures], sampling, watch)
+        return self.generator.codes([self._request(p) for p in pictures], sampling, watch)
 
     def shown(self, picture: Picture, codes_thw: np.ndarray) -> np.ndarray:
         """The pixels of a drawn picture: uint8 [H, W, C] of an image, [T, H, W, C] of a video."""
@@ -174,7 +177,7 @@ class Artist:
         watch: Callable | None = None,
     ) -> list[str]:  # fmt: skip
         """What follows each prompt, up to EOS."""
-        drawn = self._generator.text(prompts, length, sampling, watch=watch)
+        drawn = self.generator.text(prompts, length, sampling, watch=watch)
         return [self.vocab.decode(ids) for ids in drawn]
 
     def _request(self, picture: Picture) -> generate.Request:
