@@ -186,7 +186,7 @@ def _row(name: str, length: int) -> dict:
     pairs = int((lengths * (lengths + 1) // 2).sum())
     figures = dict(row=name, length=length, documents=len(lengths), visible_pairs=pairs)
     figures["usual"] = usual_kernel(
-        jax.devices()[0], dtype=jnp.bfloat16, head_dim=HEAD_DIM, length=length, own=True,
+        jax.devices()[0], dtype=jnp.bfloat16, head_dim=HEAD_DIM, length=length,
         ring=False, dropout=0.0, with_lse=False,
     )  # fmt: skip
     for which in IMPLEMENTATIONS:

@@ -28,28 +28,33 @@ PROMPT = 120  # tokens: a caption, what is put behind it and the image's head
 
 def main() -> None:
     """Compiles the rows one after the other."""
-    ids = vocab.special_ids(151_643, vocab.EMU3_CODES)
-    for topology, images, dtype, bandwidth in ROWS:
-        devices = compile_lib.described(topology)
-        begun = time.time()
-        grid = mesh.Mesh(fsdp=1, tensor=len(devices)).make(devices)
-        with jax.set_mesh(grid):
-            model = decoder("8b")
-            abstract = jax.tree.map(lambda p: jax.ShapeDtypeStruct(
-                p.shape, "bfloat16", sharding=mesh.sharding(grid, p.dims)), model.params())
-            generator = generate.Generator(model, abstract, ids, 151_643, dtype)
-            request = generate.Request([ids.img] * PROMPT, [ids.img] * PROMPT, (1, 90, 90))
-            memory = generator.lowered([request] * images, generate.Sampling()).compile(
-            ).memory_analysis()  # fmt: skip
-        weights = 2 * params.count(jax.tree.leaves(model.params()["layers"])) / len(devices)
-        print(json.dumps(dict(
-            topology=topology, images=images, cache=dtype or "bfloat16",
-            peak_gib=round(memory.peak_memory_in_bytes / 2**30, 2),
-            arguments_gib=round(memory.argument_size_in_bytes / 2**30, 2),
-            temporaries_gib=round(memory.temp_size_in_bytes / 2**30, 2),
-            weights_ms_a_token=round(weights / bandwidth / 1e6, 2),
-            compile_s=round(time.time() - begun),
-        )), flush=True)  # fmt: skip
+    for row in ROWS:
+        print(json.dumps(compiled(*row)), flush=True)
+
+
+def compiled(topology: str, images: int, dtype: str, bandwidth: int) -> dict:
+    """The figures of one row."""
+    devices = compile_lib.described(topology)
+    device_mesh = mesh.Mesh(fsdp=1, tensor=len(devices)).make(devices)
+    begun, ids, model = time.time(), vocab.special_ids(151_643, vocab.EMU3_CODES), decoder("8b")
+
+    def abstract(p: params.Param) -> jax.ShapeDtypeStruct:
+        sharding = mesh.sharding(device_mesh, p.dims)
+        return jax.ShapeDtypeStruct(p.shape, "bfloat16", sharding=sharding)
+
+    with jax.set_mesh(device_mesh):
+        weights = jax.tree.map(abstract, model.params())
+        generator = generate.Generator(model, weights, ids, 151_643, dtype)
+        request = generate.Request([ids.img] * PROMPT, [ids.img] * PROMPT, (1, 90, 90))
+        lowered = generator.lowered([request] * images, generate.Sampling())
+        memory = lowered.compile().memory_analysis()
+    read = 2 * params.count(weights["layers"]) / len(devices)
+    fields = dict(peak="peak_memory", arguments="argument_size", temporaries="temp_size")
+    gib = {name: round(getattr(memory, f"{field}_in_bytes") / 2**30, 2)
+           for name, field in fields.items()}  # fmt: skip
+    return dict(topology=topology, images=images, cache=dtype or "bfloat16", gib=gib,
+                weights_ms_a_token=round(read / bandwidth / 1e6, 2),
+                compile_s=round(time.time() - begun))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def emu3_jax(job: Train, name: str, path: str) -> dict:
 
 def _kernel(job: Train, device_mesh) -> str:
     """What computes attention in our step."""
-    asked = dict(dtype=job.task.dtype, head_dim=job.task.head_dim, length=job.data.length, own=True,
+    asked = dict(dtype=job.task.dtype, head_dim=job.task.head_dim, length=job.data.length,
                  ring=False, dropout=0.0, with_lse=False)  # fmt: skip
     return job.task.kernel or usual_kernel(device_mesh.abstract_mesh.abstract_device, **asked)
 

@@ -23,12 +23,10 @@ CONTEXTS = ("gather", "ring")
 
 def attention(
     q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
     segments_BT: jax.Array,
     positions_BT: jax.Array,
-    segments_BS: jax.Array | None = None,
-    positions_BS: jax.Array | None = None,
     *,
     dropout: float = 0.0,
     key: jax.Array | None = None,
@@ -40,8 +38,7 @@ def attention(
 
     A key is visible if it has the query's segment and a position not after the query's; segment 0
     is padding, which sees nothing and gets zeros. Each kv head serves N/K neighbouring heads.
-    Softmax is in float32. Without `segments_BS` and `positions_BS` (of keys from a cache, whole
-    on every device) keys and values are the queries' own, [B, T, K, H].
+    Softmax is in float32. Keys of a cache are cache.attention's.
 
     Args:
         dropout: rate at which attention probabilities are dropped (Emu3 trains with 0.1). The
@@ -52,7 +49,7 @@ def attention(
         kernel: "reference" (plain XLA), "tpu" or "gpu" (Pallas, "gpu" for Hopper in 16 bits; on
             other machines interpreted, slowly) or "cudnn"; "" takes the `usual_kernel` of the
             mesh's devices. That is "tpu" on a TPU; "cudnn" on an NVIDIA GPU where it can: 16
-            bits, heads of up to 128, rows of up to 8,192 tokens, without dropout, ring, cache or
+            bits, heads of up to 128, rows of up to 8,192 tokens, without dropout, ring or
             with_lse; else "reference". It is never "gpu": no GPU has run that or "cudnn" yet, so
             there are no figures to choose by. benchmarks/attention_gpu.py makes them.
         with_lse: return (out_BTNH, lse_BTN): also the float32 log of the sum of exponentials,
@@ -68,12 +65,9 @@ def attention(
         raise ValueError(f"context {context!r} is none of {', '.join(CONTEXTS)}")
     if kernel and kernel not in KERNELS:
         raise ValueError(f"attention kernel {kernel!r} is none of {', '.join(KERNELS)}")
-    own = segments_BS is None
-    if own:
-        segments_BS, positions_BS = segments_BT, positions_BT
     (parts,) = shards("T")
-    ring = parts if context == "ring" and own else 1
-    asked = dict(dtype=q_BTNH.dtype, head_dim=q_BTNH.shape[3], length=q_BTNH.shape[1], own=own,
+    ring = parts if context == "ring" else 1
+    asked = dict(dtype=q_BTNH.dtype, head_dim=q_BTNH.shape[3], length=q_BTNH.shape[1],
                  ring=ring > 1, dropout=dropout, with_lse=with_lse)  # fmt: skip
     kernel = kernel or usual_kernel(jax.sharding.get_abstract_mesh().abstract_device, **asked)
     if kernel == "cudnn" and (objection := cudnn.objection(**asked)):
@@ -82,13 +76,11 @@ def attention(
     seed = jax.random.bits(key) if dropout else jnp.uint32(0)
     index_B, index_N = (place(jnp.arange(size, dtype=jnp.uint32), dim)
                         for dim, size in zip("BN", (q_BTNH.shape[0], q_BTNH.shape[2]), strict=True))
-    arrays = (q_BTNH, k_BSKH, v_BSKH, segments_BT, positions_BT, segments_BS, positions_BS,
-              index_B, index_N, seed)  # fmt: skip
-    S = "T" if own else "S"  # own keys come sharded as the queries are, a cache's whole
-    dims = ("BTNH", f"B{S}KH", f"B{S}KH", "BT", "BT", f"B{S}", f"B{S}", "B", "N", "")
+    arrays = q_BTNH, k_BTKH, v_BTKH, segments_BT, positions_BT, index_B, index_N, seed
+    dims = ("BTNH", "BTKH", "BTKH", "BT", "BT", "B", "N", "")
     placed = [place(array, dim) for array, dim in zip(arrays, dims, strict=True)]
     out_BTNH, lse_BTN = jax.shard_map(
-        functools.partial(_local, method, own and parts > 1 and method.ring == 1),
+        functools.partial(_local, method, parts > 1 and method.ring == 1),
         in_specs=tuple(map(spec, dims)), out_specs=(spec("BTNH"), spec("BTN")), check_vma=False,
     )(*placed)  # fmt: skip
     return (out_BTNH, lse_BTN) if with_lse else out_BTNH
@@ -130,10 +122,9 @@ class Method(NamedTuple):
     ring: int
 
 
-def _local(
-    method, gathers, q_BTNH, k_BSKH, v_BSKH, seg_BT, pos_BT, seg_BS, pos_BS, b_B, n_N, seed
-):
+def _local(method, gathers, q_BTNH, k_BSKH, v_BSKH, seg_BT, pos_BT, b_B, n_N, seed):
     """What one device computes: its rows, its heads, its queries, all keys."""
+    seg_BS, pos_BS = seg_BT, pos_BT
     if gathers:
         k_BSKH, v_BSKH, seg_BS, pos_BS = (
             jax.lax.all_gather(x, RING, axis=1, tiled=True)

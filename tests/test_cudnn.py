@@ -18,7 +18,7 @@ MI300 = AbstractDevice(device_kind="AMD Instinct MI300X", num_cores=None, platfo
 TPU = AbstractDevice(device_kind="TPU v5", num_cores=1, platform="tpu")
 CPU = AbstractDevice(device_kind="cpu", num_cores=None, platform="cpu")
 # Emu3-8B's second stage of training, but for the length.
-ASKED = dict(dtype=jnp.bfloat16, head_dim=128, length=5120, own=True, ring=False, dropout=0.0,
+ASKED = dict(dtype=jnp.bfloat16, head_dim=128, length=5120, ring=False, dropout=0.0,
              with_lse=False)  # fmt: skip
 
 
@@ -34,7 +34,6 @@ def test_the_usual_kernel_of_a_device(device, kernel):
     (dict(head_dim=256), "has heads of multiples of 8 up to 128, not of 256"),
     (dict(head_dim=100), "has heads of multiples of 8 up to 128, not of 100"),
     (dict(length=8193), "has a mask for rows of up to 8192 tokens, not 8193"),
-    (dict(own=False), "is not for keys of a cache"),
     (dict(ring=True), "gives no log-sum-exp of 32 bits, which a ring and with_lse need"),
     (dict(with_lse=True), "gives no log-sum-exp of 32 bits, which a ring and with_lse need"),
     (dict(dropout=0.1), r"has no dropout by our hash, asked for at 0\.1"),

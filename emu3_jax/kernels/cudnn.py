@@ -32,12 +32,11 @@ TILE = 128
 
 
 def objection(
-    dtype, head_dim: int, length: int, own: bool, ring: bool, dropout: float, with_lse: bool
+    dtype, head_dim: int, length: int, ring: bool, dropout: float, with_lse: bool
 ) -> str:
     """Why cuDNN cannot do this for `attention`, as an error says it; "" if it can.
 
-    `own`: keys and values are the queries' own; `ring`: they are sent around; `length` is of a
-    whole row.
+    `ring`: keys and values are sent around; `length` is of a whole row.
     """
     names = " or ".join(jnp.dtype(x).name for x in DTYPES)
     faults = {
@@ -45,7 +44,6 @@ def objection(
         f"has heads of multiples of {HEAD_MULTIPLE} up to {LARGEST_HEAD}, not of {head_dim}":
             head_dim > LARGEST_HEAD or head_dim % HEAD_MULTIPLE,
         f"has a mask for rows of up to {LONGEST} tokens, not {length}": length > LONGEST,
-        "is not for keys of a cache": not own,
         "gives no log-sum-exp of 32 bits, which a ring and with_lse need": ring or with_lse,
         f"has no dropout by our hash, asked for at {dropout}": dropout,
     }  # fmt: skip
