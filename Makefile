@@ -1,7 +1,9 @@
 # make demo, make test: each makes .venv from the lock files first; nothing else is needed but
 # Python 3.11 to 3.13 and PyPI. make ingest makes .venv-ingest, whose TensorFlow reads seqio's tasks
 # and rewrites TFDS data sets, and which the tests run, too; make launch makes .venv-launch, whose
-# XManager starts jobs (launch/xmanager.py), as do the tests of make test-all. TORCH is what the
+# XManager starts jobs (launch/xmanager.py); make studio makes .venv-studio, whose Gradio serves a
+# page over the demo's model, or over another (ARGS, see configs/studio.py). The tests of make
+# test-all run these two as well, the page in Debian's Chromium if there is one. TORCH is what the
 # tests' references need (PyTorch has CPU builds apart: elsewhere, add e.g. --index-url
 # https://download.pytorch.org/whl/cpu).
 PYTHON ?= python3
@@ -9,9 +11,11 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 INGEST := .venv-ingest/bin
 LAUNCH := .venv-launch/bin
+STUDIO := .venv-studio/bin
+ARGS ?= --config=configs/studio.py:demo
 RUN := JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python
 
-.PHONY: demo demo-long test test-all check ingest launch lock
+.PHONY: demo demo-long studio test test-all check ingest launch lock
 
 demo: $(BIN)/.run
 	$(RUN) -m emu3_jax.launch --config=configs/demo.py
@@ -19,10 +23,13 @@ demo: $(BIN)/.run
 demo-long: $(BIN)/.run
 	$(RUN) -m emu3_jax.launch --config=configs/demo_long.py
 
+studio: $(STUDIO)/.run
+	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(STUDIO)/python -m emu3_jax.launch $(ARGS)
+
 test: $(BIN)/.test $(INGEST)/.run check
 	$(RUN) -m pytest -m "not slow"
 
-test-all: $(BIN)/.test $(INGEST)/.run $(LAUNCH)/.run check
+test-all: $(BIN)/.test $(INGEST)/.run $(LAUNCH)/.run $(STUDIO)/.run check
 	$(RUN) -m pytest
 
 check: $(BIN)/.test
@@ -56,6 +63,11 @@ $(LAUNCH)/.run: requirements-launch.lock | $(BIN)/uv
 	$(BIN)/uv pip install --quiet --python $(LAUNCH)/python -r requirements-launch.lock
 	touch $@
 
+$(STUDIO)/.run: requirements-studio.lock | $(BIN)/uv
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv-studio
+	$(BIN)/uv pip install --quiet --python $(STUDIO)/python -r requirements-studio.lock
+	touch $@
+
 # Pins for Python 3.11 to 3.13 on every platform at once.
 lock: | $(BIN)/uv
 	$(BIN)/uv pip compile --universal --python-version 3.11 --no-header --quiet \
@@ -67,3 +79,5 @@ lock: | $(BIN)/uv
 		requirements-ingest.txt -o requirements-ingest.lock
 	$(BIN)/uv pip compile --universal --python-version 3.11 --no-header --quiet \
 		requirements-launch.txt -o requirements-launch.lock
+	$(BIN)/uv pip compile --universal --python-version 3.11 --no-header --quiet \
+		requirements-studio.txt -o requirements-studio.lock

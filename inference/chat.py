@@ -3,6 +3,8 @@
 import dataclasses
 import sys
 
+import numpy as np
+
 from emu3_jax import generate
 from inference import files
 from inference.artist import Artist, Canvas, Model
@@ -34,14 +36,15 @@ class Chat:
         if self.video and not self.canvas.fps:
             raise ValueError("a video needs its frame rate: give --config.canvas.fps")
         with self.model.load() as artist:
-            block, turns = self._block(artist), []
+            block, turns = self.block(artist), []
             for question in self.questions or self._asked():
                 turns.append((question, ""))
                 answer = artist.answer(block, turns, self.length, self.sampling)
                 turns[-1] = question, answer
                 print(f"{question}\n  {answer}" if self.questions else f"  {answer}", flush=True)
 
-    def _block(self, artist: Artist):
+    def block(self, artist: Artist) -> np.ndarray | None:
+        """The ids of the image or the video, if one is given."""
         if not (self.image or self.video):
             return None
         picture = self.canvas.picture(artist, "")

@@ -4,10 +4,12 @@ T pixel frames, H rows, W columns, C colours
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import re
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -39,7 +41,7 @@ class Generate:
         prompts, directory = self._prompts(), pathlib.Path(self.directory)
         ending = ".mp4" if self.canvas.fps else ".png"
         paths = {
-            (number, copy): directory / f"{number:04}-{copy}-{_slug(prompt)}{ending}"
+            (number, copy): directory / f"{number:04}-{copy}-{slug(prompt)}{ending}"
             for number, prompt in enumerate(prompts)
             for copy in range(self.samples)
         }
@@ -74,11 +76,8 @@ class Generate:
             told = Progress(f"{start + 1} to {start + len(part)} of {len(units)}")
             drawn = artist.draw(pictures, self.sampling, told)
             for picture, (_, path), codes_thw in zip(pictures, part, drawn, strict=False):
-                settings = dataclasses.asdict(self.sampling) | dict(
-                    copy=picture.copy, decoder=self.model.decoder, suffix=self.model.suffix,
-                    negative=self.model.negative,
-                )  # fmt: skip
-                _write(path, artist.shown(picture, codes_thw), picture, settings)
+                pixels = artist.shown(picture, codes_thw)
+                packages.write_whole(path, file(pixels, picture, self.model, self.sampling))
                 print(f"{path}: {picture.caption}")
 
 
@@ -102,25 +101,32 @@ class GoOn:
         if not self.canvas.fps or self.times < 1:
             raise ValueError(f"canvas.fps = {self.canvas.fps:g}, times = {self.times}; set both")
         with self.model.load() as artist:
-            picture = self.canvas.picture(artist, self.caption)
-            x_THWC = files.last_frames(
-                self.video, picture.frames * artist.temporal, picture.fps,
-                [side * artist.factor for side in picture.grid],
-            )  # fmt: skip
-            given_thw = artist.video_codes(x_THWC)
-            picture = picture._replace(given_thw=given_thw, frames=2 * picture.frames)
-            codes_thw = artist.go_on(picture, self.times, self.sampling, Progress("going on"))
-            packages.write_whole(
-                pathlib.Path(self.path), files.mp4(artist.video_pixels(codes_thw), picture.fps)
-            )
-        print(f"{self.path}: {len(given_thw)} latent frames, and {self.times} times as many more")
+            video = self.drawn(artist, Progress("going on"))
+            packages.write_whole(pathlib.Path(self.path), video)
+        print(f"{self.path}: {self.canvas.seconds:g} s, and {self.times} times as many more")
+
+    def drawn(self, artist: Artist, watch: Callable | None = None) -> bytes:
+        """The mp4: what was taken of the video, and what follows; `watch` as in Artist.draw."""
+        picture = self.canvas.picture(artist, self.caption)
+        x_THWC = files.last_frames(
+            self.video, picture.frames * artist.temporal, picture.fps,
+            [side * artist.factor for side in picture.grid],
+        )  # fmt: skip
+        given_thw = artist.video_codes(x_THWC)
+        picture = picture._replace(given_thw=given_thw, frames=2 * picture.frames)
+        codes_thw = artist.go_on(picture, self.times, self.sampling, watch)
+        return files.mp4(artist.video_pixels(codes_thw), picture.fps)
 
 
 class Progress:
-    """A line now and then: how much of a batch is drawn, codes a second, the time left."""
+    """A line now and then: how much of a batch is drawn, codes a second, the time left.
 
-    def __init__(self, name: str, every: float = 5.0):
+    It is told to `tell`, or printed.
+    """
+
+    def __init__(self, name: str, every: float = 5.0, tell: Callable[[str], None] | None = None):
         self._name, self._every, self._steps = name, every, 0
+        self._tell = tell or functools.partial(print, flush=True)
 
     def __call__(self, drawn_RT: np.ndarray, steps: int) -> None:
         """As Generator.codes wants it."""
@@ -132,18 +138,21 @@ class Progress:
         if done > self._first and (now - self._told >= self._every or done == steps):
             self._told, rate = now, (done - self._first) / max(now - self._begun, 1e-9)
             left = metrics.time_left((steps - done) / rate)
-            print(f"{self._name}  {done / steps:.0%}  {rate * rows:,.0f} codes/s  {left} left",
-                  flush=True)  # fmt: skip
+            self._tell(f"{self._name}  {done / steps:.0%}  {rate * rows:,.0f} codes/s  {left} left")
 
 
-def _write(path: pathlib.Path, pixels: np.ndarray, picture: Picture, settings: dict) -> None:
+def file(
+    pixels: np.ndarray, picture: Picture, model: Model, sampling: generate.Sampling
+) -> bytes:
+    """A drawn picture as a file: an mp4, or a PNG that holds its prompt and settings as text."""
     if picture.fps:
-        data = files.mp4(pixels, picture.fps)
-    else:
-        about = dict(prompt=picture.caption, settings=json.dumps(settings))
-        data = files.png(pixels, about)
-    packages.write_whole(path, data)
+        return files.mp4(pixels, picture.fps)
+    settings = dataclasses.asdict(sampling) | dict(
+        copy=picture.copy, decoder=model.decoder, suffix=model.suffix, negative=model.negative
+    )
+    return files.png(pixels, dict(prompt=picture.caption, settings=json.dumps(settings)))
 
 
-def _slug(prompt: str) -> str:
+def slug(prompt: str) -> str:
+    """A prompt as a part of a file's name."""
     return re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:40] or "prompt"

@@ -185,6 +185,7 @@ def test_two_processes_are_as_one(two, alone):
     assert saved == [str(SAVE_EVERY), str(STEPS)]
 
 
+@pytest.mark.slow
 def test_a_ring_through_four_processes(file, alone, tmp_path):
     """Two processes have the same rows, each other positions of them."""
     ring = ("--config.mesh.data=1", "--config.mesh.context=4", "--config.task.context=ring")

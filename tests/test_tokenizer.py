@@ -297,6 +297,7 @@ PATCHES = vq.VQConfig(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_patches_make_a_code_of_its_own_pixels_alone():
     """Before and after training steps; without `patches` the rest of the picture counts."""
     x_BHWC = jnp.asarray(shapes_to_draw(8), jnp.float32) / 127.5 - 1

@@ -265,6 +265,7 @@ def test_nothing_plays_before_the_start_and_the_weight_may_adapt(judged, apart):
     assert left["updates"] == 7
 
 
+@pytest.mark.slow
 def test_the_tokenizer_learns_what_passes_for_real():
     """With nothing else to go by, and against a judge that stays as it is."""
     only = task(l2_weight=0.0, commitment_weight=0.0, codebook_weight=0.0, adversarial=ADVERSARIAL)

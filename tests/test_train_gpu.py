@@ -13,6 +13,7 @@ import pytest
 from benchmarks import train_gpu
 
 
+@pytest.mark.slow
 def test_both_sides_start_alike_and_learn_alike(monkeypatch, capsys):
     """The script itself on a CPU, with the one choice that computes what we do."""
     monkeypatch.setattr(train_gpu, "OTHERS", train_gpu.OTHERS[:1])
