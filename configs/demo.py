@@ -18,7 +18,7 @@ from data_pipelines.vocabulary import TrainVocab
 from demo.draw import Draw
 from demo.evaluate import Evaluate
 from demo.export import Export
-from demo.pipeline import STAGES, Demo
+from demo.pipeline import Demo
 from demo.report import Report
 from emu3_jax.generate import Sampling
 from emu3_jax.optim import AdamW
@@ -106,14 +106,7 @@ def build(
     )  # fmt: skip
 
 
-def stage_of(demo: Demo, stage: str):
-    """The whole demo, or the stage of that name; ValueError names the stages."""
-    if stage and stage not in STAGES:
-        raise ValueError(f"the demo has no stage {stage!r}; it has {', '.join(STAGES)}")
-    return getattr(demo, stage) if stage else demo
-
-
 def get_config(stage: str = ""):
     """The fifteen-minute demo: 200 people in their skin tones."""
     job = build("runs/demo", ("people",), 200, tokenizer_steps=2400, decoder_steps=920)
-    return stage_of(job, stage)
+    return job.stage(stage)

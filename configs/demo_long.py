@@ -11,4 +11,4 @@ from configs import demo
 def get_config(stage: str = ""):
     """The same stages, trained longer on everything."""
     job = demo.build("runs/demo_long", (), 0, tokenizer_steps=20000, decoder_steps=8000)
-    return demo.stage_of(job, stage)
+    return job.stage(stage)

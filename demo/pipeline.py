@@ -1,4 +1,4 @@
-"""The demo: every stage of the project in order, one job after the other."""
+"""The demos: every stage of the project in order, one job after the other."""
 
 import dataclasses
 import json
@@ -9,28 +9,25 @@ from typing import Any
 
 from emu3_jax import config, metrics
 
-STAGES = ("images", "vocabulary", "tokenizer", "store", "decoder", "draw", "evaluate", "export",
-          "report")  # fmt: skip
 
+class Stages:
+    """Job: runs its fields in order, each a job of its own; what is complete is not done again.
 
-@dataclasses.dataclass
-class Demo:
-    """Job: runs its stages, each a job of its own; what is complete is not done again.
-
-    A stage that was interrupted goes on where it was. The seconds of each stage, over all starts,
-    are kept in `run_dir`/seconds.json for the report.
+    The field `run_dir` is where they all write. A stage that was interrupted goes on where it was.
+    The seconds of each stage, over all starts, are kept in `run_dir`/seconds.json for the report.
     """
 
     run_dir: str
-    images: Any
-    vocabulary: Any
-    tokenizer: Any
-    store: Any
-    decoder: Any
-    draw: Any
-    evaluate: Any
-    export: Any
-    report: Any
+
+    def names(self) -> list[str]:
+        """The stages, in order."""
+        return [field.name for field in dataclasses.fields(self) if field.name != "run_dir"]
+
+    def stage(self, name: str) -> Any:
+        """The job of a stage, or with "" all of them; ValueError names the stages."""
+        if name and name not in self.names():
+            raise ValueError(f"the demo has no stage {name!r}; it has {', '.join(self.names())}")
+        return getattr(self, name) if name else self
 
     def run(self) -> None:
         """Runs all stages, or says that they are done and where to look."""
@@ -44,8 +41,8 @@ class Demo:
         done.unlink(missing_ok=True)
         run_dir.mkdir(parents=True, exist_ok=True)
         spent = json.loads(seconds.read_text()) if seconds.exists() else {}
-        for number, stage in enumerate(STAGES, start=1):
-            print(f"\n[{number}/{len(STAGES)}] {stage}", flush=True)
+        for number, stage in enumerate(self.names(), start=1):
+            print(f"\n[{number}/{len(self.names())}] {stage}", flush=True)
             start = time.time()
             try:
                 getattr(self, stage).run()
@@ -58,3 +55,34 @@ class Demo:
             f"\nThe demo is complete after {metrics.time_left(sum(spent.values()))} "
             f"(peak memory of this start {memory:.1f} GiB): open {report}"
         )
+
+
+@dataclasses.dataclass
+class Demo(Stages):
+    """Pictures: drawn from captions, and captions for them."""
+
+    run_dir: str
+    images: Any
+    vocabulary: Any
+    tokenizer: Any
+    store: Any
+    decoder: Any
+    draw: Any
+    evaluate: Any
+    export: Any
+    report: Any
+
+
+@dataclasses.dataclass
+class VideoDemo(Stages):
+    """Clips: their next frames, from their captions and first frames."""
+
+    run_dir: str
+    clips: Any
+    vocabulary: Any
+    tokenizer: Any
+    store: Any
+    decoder: Any
+    predict: Any
+    evaluate: Any
+    report: Any

@@ -55,10 +55,10 @@ class Report:
             "<h2>Training captions</h2><p>The same three pictures, for captions that were learnt."
             "</p>", _cards(evaluate.Drawn(self.drawn, "train.jsonl"), self.shown),
             "<h2>Training</h2>",
-            _curves(self.run_dir, "decoder", ("loss_text", "loss_vision"), "nats a token"),
-            _curves(self.run_dir, "tokenizer", ("psnr",), "PSNR of the batch, dB"),
-            "<h2>Time</h2>", _times(seconds),
-            *(_goodput(run_dir / stage) for stage in ("tokenizer", "decoder")),
+            curves(self.run_dir, "decoder", ("loss_text", "loss_vision"), "nats a token"),
+            curves(self.run_dir, "tokenizer", ("psnr",), "PSNR of the batch, dB"),
+            "<h2>Time</h2>", times(seconds),
+            *(training_time(run_dir / stage) for stage in ("tokenizer", "decoder")),
             "<p class=said>Pictures: OpenMoji, CC BY-SA 4.0.</p>",
         ]  # fmt: skip
         path = run_dir / "report.html"
@@ -107,7 +107,8 @@ def _sheet(lists: list[evaluate.Drawn], columns: int, scale: int = 2) -> np.ndar
     return np.concatenate(rows).repeat(scale, axis=0).repeat(scale, axis=1)
 
 
-def _curves(run_dir: str, stage: str, names: tuple[str, ...], unit: str) -> str:
+def curves(run_dir: str, stage: str, names: tuple[str, ...], unit: str) -> str:
+    """A plot of metrics of a stage's training."""
     records = metrics.read(str(pathlib.Path(run_dir, stage)))
     figure, axes = plt.subplots(figsize=(9, 3), layout="constrained")
     for name in names:
@@ -119,12 +120,14 @@ def _curves(run_dir: str, stage: str, names: tuple[str, ...], unit: str) -> str:
     return report.plot(figure, stage)
 
 
-def _times(seconds: dict[str, float]) -> str:
+def times(seconds: dict[str, float]) -> str:
+    """A table of what each stage took."""
     rows = [f"<tr><td>{stage}<td>{metrics.time_left(s)}" for stage, s in seconds.items()]
     total = f"<tr><th>all<th>{metrics.time_left(sum(seconds.values()))}"
     return f"<table><tr><th>stage<th>time{''.join(rows)}{total}</table>"
 
 
-def _goodput(run_dir: pathlib.Path) -> str:
+def training_time(run_dir: pathlib.Path) -> str:
+    """Where the time of a training run went."""
     text = html.escape(goodput.table(goodput.read(str(run_dir))))
     return f"<h3>Training of the {run_dir.name}</h3><pre>{text}</pre>"

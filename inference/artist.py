@@ -118,14 +118,13 @@ class Artist:
         """Codes to uint8 pixels [B, H, W, 3]."""
         return np.asarray(pixels.to_uint8(self.vq.decode(jnp.asarray(codes_Bhw))))
 
-    def video_codes(self, video_THWC: np.ndarray) -> np.ndarray:
-        """uint8 frames to codes_thw."""
-        x_BTHWC = pixels.to_float(jnp.asarray(video_THWC))[None]
-        return np.asarray(self.vq.encode_video(x_BTHWC))[0]
+    def video_codes(self, x_BTHWC: np.ndarray) -> np.ndarray:
+        """uint8 frames to codes_Bthw, as stores have them: every latent frame by itself."""
+        return np.asarray(self.vq.encode_clips(pixels.to_float(jnp.asarray(x_BTHWC))))
 
-    def video_pixels(self, codes_thw: np.ndarray) -> np.ndarray:
-        """Codes to uint8 frames [T, H, W, 3]."""
-        return np.asarray(pixels.to_uint8(self.vq.decode_video(jnp.asarray(codes_thw)[None])))[0]
+    def video_pixels(self, codes_Bthw: np.ndarray) -> np.ndarray:
+        """Codes of videos to uint8 frames [B, T, H, W, 3]."""
+        return np.asarray(pixels.to_uint8(self.vq.decode_clips(jnp.asarray(codes_Bthw))))
 
     def draw(
         self, pictures: Sequence[Picture], sampling: generate.Sampling,
@@ -137,7 +136,7 @@ class Artist:
     def shown(self, picture: Picture, codes_thw: np.ndarray) -> np.ndarray:
         """The pixels of a drawn picture: uint8 [H, W, C] of an image, [T, H, W, C] of a video."""
         if picture.fps:
-            return self.video_pixels(codes_thw)
+            return self.video_pixels(codes_thw[None])[0]
         return self.pixels(codes_thw)[0]
 
     def go_on(

@@ -54,7 +54,7 @@ class Chat:
         x_THWC = files.last_frames(
             self.video, picture.frames * artist.temporal, picture.fps, size
         )
-        codes_thw = artist.video_codes(x_THWC)
+        codes_thw = artist.video_codes(x_THWC[None])[0]
         return artist.vocab.video_block(codes_thw, picture.fps, artist.temporal)
 
     def _asked(self):

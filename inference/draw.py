@@ -112,10 +112,10 @@ class GoOn:
             self.video, picture.frames * artist.temporal, picture.fps,
             [side * artist.factor for side in picture.grid],
         )  # fmt: skip
-        given_thw = artist.video_codes(x_THWC)
+        given_thw = artist.video_codes(x_THWC[None])[0]
         picture = picture._replace(given_thw=given_thw, frames=2 * picture.frames)
         codes_thw = artist.go_on(picture, self.times, self.sampling, watch)
-        return files.mp4(artist.video_pixels(codes_thw), picture.fps)
+        return files.mp4(artist.video_pixels(codes_thw[None])[0], picture.fps)
 
 
 class Progress:
