@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from emu3_jax import mesh
+from emu3_jax import cache, mesh
 from emu3_jax.attention import attention, balanced
 from emu3_jax.kernels import cudnn, flash_tpu, mask, reference
 
@@ -251,20 +251,27 @@ def test_the_gradient_of_the_log_sum_exp():
         np.testing.assert_allclose(x, want, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("kernel", ["reference", "tpu"])
-def test_keys_of_a_cache(kernel):
-    """Fewer queries than keys, unwritten slots (segment 0) behind, padding in front of a row."""
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 2e-6), ("int8", 0.02)])
+def test_keys_of_a_cache(dtype, tolerance, one_device, monkeypatch):
+    """Slots in blocks, the last ones unwritten (segment 0), padding in front of a row."""
+    monkeypatch.setattr(cache, "BLOCK", dict(cpu=4))
     rng = np.random.default_rng(4)
     q_BTNH = rng.standard_normal((2, 2, N, H)).astype(np.float32)
-    k_BSKH, v_BSKH = rng.standard_normal((2, 2, 9, K, H)).astype(np.float32)
-    seg_BS = np.array([[0, 0, 1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 1, 0, 0]], np.int32)
-    pos_BS = np.array([[0, 0, 0, 1, 2, 3, 4, 0, 0], [0, 1, 2, 3, 4, 5, 6, 0, 0]], np.int32)
-    where = seg_BS[:, 5:7], pos_BS[:, 5:7], seg_BS, pos_BS
-    with jax.set_mesh(mesh.Mesh().make(jax.devices()[:1])):
-        attend = jax.jit(functools.partial(attention, kernel=kernel))
-        out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, *where)
-    want_BTNH, *_ = dense(q_BTNH, k_BSKH, v_BSKH, q_BTNH, *where)
-    np.testing.assert_allclose(out_BTNH, want_BTNH, rtol=0, atol=2e-6)
+    k_BSKH, v_BSKH = rng.standard_normal((2, 2, 7, K, H)).astype(np.float32)
+    seg_BS = np.array([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]], np.int32)
+    pos_BS = np.array([[0, 0, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6]], np.int32)
+    where = seg_BS[:, 5:], pos_BS[:, 5:]
+    held = cache.empty(1, 2, 10, K, H, dtype)
+    assert held.segments_BS.shape == (2, 12)
+    (layer,), index = held.layers, held.length
+    held = held.behind(*(mesh.place(jnp.asarray(x), "BT") for x in (seg_BS, pos_BS)))
+    layer = cache.written(layer, jnp.asarray(k_BSKH), jnp.asarray(v_BSKH), index)
+    placed = (mesh.place(jnp.asarray(x), dims) for x, dims in
+              zip((q_BTNH, *where), ("BTNH", "BT", "BT"), strict=True))  # fmt: skip
+    q, *here = placed
+    out_BTNH = jax.jit(cache.attention)(q, layer, *here, held)
+    want_BTNH, *_ = dense(q_BTNH, k_BSKH, v_BSKH, q_BTNH, *where, seg_BS, pos_BS)
+    np.testing.assert_allclose(out_BTNH, want_BTNH, rtol=0, atol=tolerance)
 
 
 def probabilities(rate: float, key: jax.Array, q_BTNH, k_BSKH) -> np.ndarray:
@@ -273,9 +280,11 @@ def probabilities(rate: float, key: jax.Array, q_BTNH, k_BSKH) -> np.ndarray:
     seg_BS = jnp.ones((len(q_BTNH), S), jnp.int32)
     pos_BS = jnp.broadcast_to(jnp.arange(S), seg_BS.shape)
     v_BSKH = jnp.broadcast_to(jnp.eye(S)[:, None], (*k_BSKH.shape[:3], S))
+    index_B, index_N = (jnp.arange(q_BTNH.shape[axis]) for axis in (0, 2))
     # Every query stands behind every key.
-    return attention(q_BTNH, k_BSKH, v_BSKH, seg_BS, pos_BS + S, seg_BS, pos_BS,
-                     dropout=rate, key=key)  # fmt: skip
+    hash_BTN = mask.query_hash(jax.random.bits(key), index_B, seg_BS, pos_BS + S, index_N)
+    places = mask.Places(seg_BS, pos_BS + S, seg_BS, pos_BS)
+    return reference.forward(q_BTNH, k_BSKH, v_BSKH, places, mask.Dropout(rate, hash_BTN))[0]
 
 
 def test_dropout_is_a_mask_of_its_rate_over_the_probabilities(one_device):
