@@ -28,12 +28,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
 from jax.experimental.pallas.ops.tpu import splash_attention
 
 from benchmarks.packings import packing
 from emu3_jax import mesh
 from emu3_jax.attention import attention
+from emu3_jax.compile import described
 from emu3_jax.kernels import flash_tpu, mask
 
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true")
     flags = parser.parse_args()
     try:
-        devices("v5e:2x2")
+        described("v5e:2x2")
     except Exception as error:
         print(f"no TPU compiler ({str(error).splitlines()[0]}); install libtpu", file=sys.stderr)
         sys.exit(2)
@@ -66,11 +66,6 @@ def main() -> None:
             ring=ring(),
         )  # fmt: skip
     print(json.dumps(dict(benchmark="attention_tpu", jax=jax.__version__, **result)))
-
-
-def devices(topology: str):
-    """The devices of a named TPU topology, as the compiler sees them."""
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
 
 
 def visited(name: str, length: int) -> dict:
@@ -135,7 +130,7 @@ def splash(q, k, v, seg, pos):
 
 def compiled(chip: str, length: int, attend) -> dict:
     """Forward and backward of one row on one chip."""
-    where = mesh.Mesh().make(devices(CHIPS[chip])[:1], _axis_type(attend))
+    where = mesh.Mesh().make(described(CHIPS[chip])[:1], _axis_type(attend))
     return dict(chip=chip, length=length, kernel=attend.__name__) | _compile(where, length, attend)
 
 
@@ -190,7 +185,7 @@ def _vmem_mb(text: str) -> float | None:
 
 def ring() -> dict:
     """Forward and backward in the ring, one row of 131,072 a data shard."""
-    device_mesh = mesh.Mesh(**RING["sizes"]).make(devices(RING["topology"]))
+    device_mesh = mesh.Mesh(**RING["sizes"]).make(described(RING["topology"]))
     attend = functools.partial(attention, context="ring")
     text, figures = _lowered(device_mesh, RING["length"], attend)
     figures = RING | figures
@@ -219,8 +214,8 @@ def _sends(text: str) -> dict:
 
 def sweep(chip: str, t: int, s: int) -> dict:
     """Whether blocks of this size compile, forward and backward, and what they need."""
-    where = mesh.Mesh().make(devices(CHIPS[chip])[:1])
-    kind = devices(CHIPS[chip])[0].device_kind
+    where = mesh.Mesh().make(described(CHIPS[chip])[:1])
+    kind = described(CHIPS[chip])[0].device_kind
     usual, flash_tpu.BLOCKS[kind] = flash_tpu.BLOCKS[kind], ((t, s), (t, s))
     figures = _compile(where, 5120, ours)
     flash_tpu.BLOCKS[kind] = usual

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import attention_tpu
+from emu3_jax import compile as compile_lib
 from emu3_jax import hlo
 
 DOT = 2 * 4 * 8 * 8  # f32[4,8] @ f32[8,8]
@@ -407,7 +407,7 @@ def test_what_the_tpu_compiler_makes_of_it():
     """Batched dots become convolutions, and the lengths of loops are not noted."""
     pytest.importorskip("libtpu", reason="libtpu has wheels for Linux on x86_64 only")
     B, T, S, N, H, L = 2, 256, 128, 8, 64, 3
-    mesh = jax.make_mesh((4,), ("x",), devices=attention_tpu.devices("v5e:2x2"))
+    mesh = jax.make_mesh((4,), ("x",), devices=compile_lib.described("v5e:2x2"))
 
     def scores(q, k):
         return jnp.einsum("btnh,bsnh->bnts", q, k)
