@@ -5,6 +5,7 @@ B images  H rows and W columns of pixels, C colours  h rows and w columns of cod
 
 import collections
 import dataclasses
+import itertools
 import json
 import pathlib
 
@@ -113,7 +114,9 @@ def figures(
     for entry in answered:
         groups[entry["set"], entry["kind"]].append(entry)
     values = collections.defaultdict(dict)
-    for (name, kind), entries in groups.items():
+    order = itertools.product(questions.SETS, questions.KINDS)
+    for name, kind in (key for key in order if key in groups):
+        entries = groups[name, kind]
         right = collections.Counter(entry["answer"] for entry in entries)
         values[name][kind] = (
             dict(questions=len(entries))
