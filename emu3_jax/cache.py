@@ -17,11 +17,11 @@ from emu3_jax.mesh import place, spec
 
 BLOCK = dict(cpu=256)  # slots that are read at once: on CPU what fits its caches
 USUAL_BLOCK = 2048
-DIMS = dict(k="BSKH", v="BSKH", k_scale="BSK", v_scale="BSK")
+DIMS = dict(k="BKSH", v="BKSH", k_scale="BKS", v_scale="BKS")  # as products take them
 
 
 class Cache(NamedTuple):
-    """`layers` of arrays k_BSKH and v_BSKH; in int8 each with the factor of a token and head.
+    """`layers` of arrays k_BKSH and v_BKSH; in int8 each with the factor of a token and head.
 
     `length` slots are written; those of `segments_BS` and `positions_BS` say whom they hold.
     """
@@ -62,7 +62,7 @@ def empty(layers: int, batch: int, slots: int, kv_heads: int, head_dim: int, dty
 
 def written(layer: dict, k_BTKH, v_BTKH, index) -> dict:
     """A layer's arrays with new keys and values from slot `index` on."""
-    new = dict(k=k_BTKH, v=v_BTKH)
+    new = dict(k=k_BTKH.swapaxes(1, 2), v=v_BTKH.swapaxes(1, 2))
     if "k_scale" in layer:
         new = {name: array for kind in new for name, array in _quantized(kind, new[kind]).items()}
     return {name: _write(layer[name], new[name], index, DIMS[name]) for name in layer}
@@ -85,27 +85,27 @@ def attention(q_BTNH, layer: dict, segments_BT, positions_BT, cache: Cache) -> j
 def _local(q_BTNH, layer, seg_BT, pos_BT, seg_BS, pos_BS, length):
     """One device's rows and heads: a running softmax over blocks of slots."""
     B, T, N, H = q_BTNH.shape
-    S, K = layer["k"].shape[1:3]
+    K, S = layer["k"].shape[1:3]
     block = min(_block(), S)
     q_BTKGH = q_BTNH.reshape(B, T, K, -1, H)
 
-    def at(x_BS, j):
-        return jax.lax.dynamic_slice_in_dim(x_BS, j * block, block, axis=1)
+    def at(x, j, axis):
+        return jax.lax.dynamic_slice_in_dim(x, j * block, block, axis)
 
     def absorb(j, state):
         out_BKTGH, total_BKTG, peak_BKTG = state
-        near = {name: at(x_BS, j) for name, x_BS in layer.items()}
-        score_BKTGs = jnp.einsum("BTKGH,BsKH->BKTGs", q_BTKGH, near["k"].astype(q_BTNH.dtype),
+        near = {name: at(x, j, 2) for name, x in layer.items()}
+        score_BKTGs = jnp.einsum("BTKGH,BKsH->BKTGs", q_BTKGH, near["k"].astype(q_BTNH.dtype),
                                  preferred_element_type=jnp.float32)  # fmt: skip
         score_BKTGs *= _scale(near, "k") * H**-0.5
-        seen_BTs = mask.visible(seg_BT[..., None], pos_BT[..., None], at(seg_BS, j)[:, None],
-                                at(pos_BS, j)[:, None])  # fmt: skip
+        seen_BTs = mask.visible(seg_BT[..., None], pos_BT[..., None], at(seg_BS, j, 1)[:, None],
+                                at(pos_BS, j, 1)[:, None])  # fmt: skip
         score_BKTGs += jnp.where(seen_BTs, 0.0, mask.HIDDEN)[:, None, :, None]
         new_BKTG = jnp.maximum(peak_BKTG, score_BKTGs.max(-1))
         exp_BKTGs = jnp.exp(score_BKTGs - new_BKTG[..., None])
         shrink_BKTG = jnp.exp(peak_BKTG - new_BKTG)
         more_BKTGH = jnp.einsum(
-            "BKTGs,BsKH->BKTGH", (exp_BKTGs * _scale(near, "v")).astype(q_BTNH.dtype),
+            "BKTGs,BKsH->BKTGH", (exp_BKTGs * _scale(near, "v")).astype(q_BTNH.dtype),
             near["v"].astype(q_BTNH.dtype), preferred_element_type=jnp.float32,
         )  # fmt: skip
         total_BKTG = total_BKTG * shrink_BKTG + exp_BKTGs.sum(-1)
@@ -124,23 +124,23 @@ def _block() -> int:
     return BLOCK.get(device.platform if device else "cpu", USUAL_BLOCK)
 
 
-def _quantized(name: str, x_BTKH) -> dict:
+def _quantized(name: str, x_BKTH) -> dict:
     """In int8: the largest of a token's and head's numbers is 127."""
-    x_BTKH = x_BTKH.astype(jnp.float32)
-    scale_BTK = jnp.maximum(jnp.abs(x_BTKH).max(-1), 1e-8) / 127
-    return {name: jnp.round(x_BTKH / scale_BTK[..., None]).astype(jnp.int8),
-            f"{name}_scale": scale_BTK}  # fmt: skip
+    x_BKTH = x_BKTH.astype(jnp.float32)
+    scale_BKT = jnp.maximum(jnp.abs(x_BKTH).max(-1), 1e-8) / 127
+    return {name: jnp.round(x_BKTH / scale_BKT[..., None]).astype(jnp.int8),
+            f"{name}_scale": scale_BKT}  # fmt: skip
 
 
 def _scale(near: dict, name: str):
     """What a block's scores or probabilities are to be multiplied with, [B, K, 1, 1, s], or 1."""
     if f"{name}_scale" not in near:
         return 1.0
-    return near[f"{name}_scale"].swapaxes(1, 2)[:, :, None, None]
+    return near[f"{name}_scale"][:, :, None, None]
 
 
 def _write(store, new, index, dims):
-    """`store` with `new` written at `index` of its second axis."""
+    """`store` with `new` written at `index` of its slots."""
     return jax.lax.dynamic_update_slice_in_dim(
-        store, place(new.astype(store.dtype), dims), index, axis=1
+        store, place(new.astype(store.dtype), dims), index, axis=dims.index("S")
     )

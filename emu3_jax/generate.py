@@ -20,7 +20,7 @@ import numpy as np
 
 from emu3_jax import vocab as vocab_lib
 from emu3_jax.cache import Cache
-from emu3_jax.mesh import einsum, place, shards, spec
+from emu3_jax.mesh import place, shards, spec, turned
 
 BUCKET = 64  # prompts and drawn tokens take a multiple of room, so that few sizes are compiled for
 WATCHED = 100  # times that somebody who watches is told of a whole image
@@ -86,7 +86,7 @@ class Generator:
         self._model, self._ids, self._text_size = model, ids, text_size
         self._cache_dtype = cache_dtype
         self._params = _made(model.apart, params)
-        self._visual_DC = _made(self._visual, self._params["head"])
+        self._visual_CD = _made(self._visual, self._params["head"])
         self._programs = functools.cache(self._programs)
 
     def codes(
@@ -130,9 +130,9 @@ class Generator:
         seeds_R = jax.ShapeDtypeStruct((len(work.copies),), jnp.uint32)
         key = jax.eval_shape(jax.random.key, 0)
         begin, advance = self._steps(work)
-        state = jax.eval_shape(begin, self._params, self._visual_DC, [int_BT] * 3, seeds_R,
+        state = jax.eval_shape(begin, self._params, self._visual_CD, [int_BT] * 3, seeds_R,
                                np.array(work.copies), key)  # fmt: skip
-        return advance.lower(self._params, self._visual_DC, state, work.grid, work.steps)
+        return advance.lower(self._params, self._visual_CD, state, work.grid, work.steps)
 
     def _work(self, requests: Sequence[Request], sampling: Sampling) -> "_Work":
         for request in requests:
@@ -146,26 +146,29 @@ class Generator:
         rows = _filled(requests)
         grid, wide = Grid.of(rows), 3 if max(r.size[0] for r in rows) > 1 else 2
         steps = int((grid.end_R - grid.begin_R).max())
-        ends = int(grid.ends(np.arange(1, steps)[:, None])[0].any(axis=1).sum())
+        pieces = 1 + int(grid.ends(np.arange(1, steps)[:, None])[0].any(axis=1).sum())
         prompts = [r.prompt for r in rows]
         if sampling.guidance != 1:
             prompts += [r.null for r in rows]
-        return _Work(prompts, [r.copy for r in rows], grid, steps, steps + (wide - 1) * ends,
+        return _Work(prompts, [r.copy for r in rows], grid, steps, steps + (wide - 1) * pieces,
                      sampling, dict(wide=wide, text=False))  # fmt: skip
 
     def _run(self, work: "_Work", watch: Callable | None) -> np.ndarray:
-        """Prefill, then pieces of the loop, between which somebody may watch -> drawn_RT."""
+        """Prefill, then pieces of the loop, between which somebody may watch -> drawn_RT.
+
+        A piece of an image goes on to the end of a row.
+        """
         work.sampling.check()
         begin, advance = self._steps(work)
         prompt, seeds_R = self._padded(work.prompts, len(work.copies))
-        state = begin(self._params, self._visual_DC, prompt, seeds_R, np.array(work.copies),
+        state = begin(self._params, self._visual_CD, prompt, seeds_R, np.array(work.copies),
                       jax.random.key(work.sampling.seed))  # fmt: skip
-        every = -(-work.steps // WATCHED) if watch else work.steps
+        told, every = 0, -(-work.steps // WATCHED) if watch else work.steps
         for until in range(every, work.steps + every, every):
             until = min(until, work.steps)
-            state = advance(self._params, self._visual_DC, state, work.grid, until)
-            if watch:
-                done = min(int(state.index), work.steps)
+            state = advance(self._params, self._visual_CD, state, work.grid, until)
+            if watch and (done := min(int(state.index), work.steps)) > told:
+                told = done
                 watch(np.asarray(state.drawn_RT)[:, :done], work.steps)
         return np.asarray(state.drawn_RT)[:, : work.steps]
 
@@ -193,14 +196,14 @@ class Generator:
         seeds_R = np.array([seed_of(prompt) for prompt in prompts[:requests]], np.uint32)
         return [place(jnp.asarray(x), "BT") for x in arrays], seeds_R
 
-    def _visual(self, head_DV):
+    def _visual(self, head_VD):
         """The columns of codes, filled up to what the mesh splits."""
         first, fill = self._ids.visual, -self._ids.codes % shards("V")[0]
-        columns_DC = place(head_DV, "D.")[:, first : first + self._ids.codes]
-        return place(jnp.pad(columns_DC, ((0, 0), (0, fill))), "DV")
+        columns_CD = place(head_VD, ".D")[first : first + self._ids.codes]
+        return place(jnp.pad(columns_CD, ((0, fill), (0, 0))), "VD")
 
     def _begin(
-        self, params, visual_DC, prompt, seeds_R, copies_R, key, room, slots, text, sampling
+        self, params, visual_CD, prompt, seeds_R, copies_R, key, room, slots, text, sampling
     ):
         """The state after the prompts and the first token of each; runs under jit."""
         B, T = prompt[0].shape
@@ -211,32 +214,34 @@ class Generator:
         drawn_RT = jnp.zeros((len(seeds_R), room), jnp.int32)
         start_B = place(prompt[2][:, -1], "B") + 1
         state = State(cache, keys_R, start_B, drawn_RT, jnp.int32(0))
-        return self._draw(params, visual_DC, state, x_BTD, text, sampling)
+        return self._draw(params, visual_CD, state, x_BTD, text, sampling)
 
-    def _advance(self, params, visual_DC, state, grid, until, wide, text, sampling):
-        """Draws until each request has `until` tokens, or all have ended; runs under jit."""
+    def _advance(self, params, visual_CD, state, grid, until, wide, text, sampling):
+        """Draws until each request has `until` tokens, or all have ended; runs under jit.
 
-        def read(count, state):
+        Where an end stands before the next code, a step is `wide`. It begins a loop of the others,
+        up to the next end: a condition would have XLA copy the whole cache at each step.
+        """
+
+        def step(count, state):
             x_BFD, cache = self._model.read(params, *self._next(state, grid, count, text),
                                             state.cache)  # fmt: skip
-            return x_BFD[:, -1:], cache
-
-        def step(state):
-            if wide == 1:
-                x_BTD, cache = read(1, state)
-            else:
-                at_end = grid.ends(state.index)[0].any()
-                x_BTD, cache = jax.lax.cond(
-                    at_end, lambda s: read(wide, s), lambda s: read(1, s), state
-                )
             state = state._replace(cache=cache)
-            return self._draw(params, visual_DC, state, x_BTD, text, sampling)
+            return self._draw(params, visual_CD, state, x_BFD[:, -1:], text, sampling)
+
+        narrow, last = functools.partial(step, 1), (grid.end_R - grid.begin_R).max()
 
         def going(state):
             ended = (state.drawn_RT == self._ids.eos).any(axis=1).all() if text else False
             return (state.index < until) & ~jnp.bool_(ended)
 
-        return jax.lax.while_loop(going, step, state)
+        def within_row(state):
+            return (state.index < last) & ~grid.ends(state.index)[0].any()
+
+        def row(state):
+            return jax.lax.while_loop(within_row, narrow, step(wide, state))
+
+        return jax.lax.while_loop(going, narrow if wide == 1 else row, state)
 
     def _next(self, state, grid, count: int, text: bool) -> list[jax.Array]:
         """What is read before the next token: tokens, segments and positions [B, F].
@@ -260,9 +265,9 @@ class Generator:
         )
         return tokens_BF, segments_BF, at_BF + state.start_B[:, None]
 
-    def _draw(self, params, visual_DC, state, x_BTD, text: bool, sampling):
+    def _draw(self, params, visual_CD, state, x_BTD, text: bool, sampling):
         """The state with one token more of each request, from the hidden states before it."""
-        logits_BV = self._logits(params["head"] if text else visual_DC, x_BTD[:, -1:])[:, 0]
+        logits_BV = self._logits(params["head"] if text else visual_CD, x_BTD[:, -1:])[:, 0]
         id_V = jnp.arange(logits_BV.shape[-1])
         if text:
             legal_V = (id_V < self._text_size) | (id_V == self._ids.eos)
@@ -275,9 +280,8 @@ class Generator:
         )
         return state._replace(drawn_RT=drawn_RT, index=state.index + 1)
 
-
-    def _logits(self, head_DV, x_BTD) -> jax.Array:
-        logits_BTV = einsum("BTD,DV->BTV", x_BTD, head_DV, preferred_element_type=jnp.float32)
+    def _logits(self, head_VD, x_BTD) -> jax.Array:
+        logits_BTV = turned("BTD,DV->BTV", x_BTD, head_VD, preferred_element_type=jnp.float32)
         return place(logits_BTV, "...")
 
 
@@ -379,7 +383,8 @@ def scores(logits_BV, legal_V, requests: int, sampling: Sampling) -> jax.Array:
         best_R = jnp.argmax(scores_RV, axis=-1, keepdims=True)
         return jnp.where(jnp.arange(scores_RV.shape[-1]) == best_R, 0.0, -jnp.inf)
     if 0 < sampling.top_k < scores_RV.shape[-1]:
-        least_R = jax.lax.top_k(scores_RV, sampling.top_k)[0][:, -1:]
+        best_RK = jax.lax.top_k(scores_RV, sampling.top_k)[0]
+        least_R = best_RK.min(axis=-1, keepdims=True)  # of best_RK[:, -1:] XLA:CPU makes a sort
         scores_RV = jnp.where(scores_RV >= least_R, scores_RV, -jnp.inf)
     if sampling.top_p < 1:
         sorted_RV = jnp.sort(scores_RV, axis=-1, descending=True)

@@ -68,8 +68,8 @@ class Speculative(generate.Generator):
 
         return begin, counted
 
-    def _draw(self, params, visual_DC, state, x_BTD, text, sampling):
-        state = super()._draw(params, visual_DC, state, x_BTD, text, sampling)
+    def _draw(self, params, visual_CD, state, x_BTD, text, sampling):
+        state = super()._draw(params, visual_CD, state, x_BTD, text, sampling)
         if text:
             return state
         first_R = state.drawn_RT[:, 0]
@@ -79,16 +79,16 @@ class Speculative(generate.Generator):
             q_RWC=jax.nn.one_hot(guess_RW, self._ids.codes), passes=jnp.int32(0),
         )  # fmt: skip
 
-    def _advance(self, params, visual_DC, state, grid, until, wide, text, sampling):
+    def _advance(self, params, visual_CD, state, grid, until, wide, text, sampling):
         if text:
-            return super()._advance(params, visual_DC, state, grid, until, wide, text, sampling)
+            return super()._advance(params, visual_CD, state, grid, until, wide, text, sampling)
 
         def step(state):
-            return self._pass(params, visual_DC, state, grid, sampling)
+            return self._pass(params, visual_CD, state, grid, sampling)
 
         return jax.lax.while_loop(lambda state: state.index < until, step, state)
 
-    def _pass(self, params, visual_DC, state, grid, sampling) -> Guessing:
+    def _pass(self, params, visual_CD, state, grid, sampling) -> Guessing:
         """Reads the window, decides what it can and guesses what follows."""
         index_W, ahead_W = jnp.arange(self.window), state.done + jnp.arange(self.window)
         end_W, code_W = _places(grid, ahead_W)  # the id of an end or 0, the number of a code
@@ -101,7 +101,7 @@ class Speculative(generate.Generator):
         before = state.cache.length
         x_BWD, cache = self._model.read(params, tokens_BW, jnp.ones_like(tokens_BW), at_BW,
                                         state.cache)  # fmt: skip
-        logits_BWC = self._logits(visual_DC, x_BWD)[..., : self._ids.codes]
+        logits_BWC = self._logits(visual_CD, x_BWD)[..., : self._ids.codes]
         scores_RWC = jax.vmap(
             lambda logits_BC: generate.scores(logits_BC, True, len(state.keys_R), sampling), 1, 1
         )(logits_BWC)

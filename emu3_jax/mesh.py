@@ -168,6 +168,31 @@ def _linear_backward(equation, kept, dy):
 linear.defvjp(_linear_forward, _linear_backward)
 
 
+def turn(dims: str, w: jax.Array) -> jax.Array:
+    """A weight laid out as `dims`, whose D goes to its other end: "DNH" becomes "NHD"."""
+    return einsum(f"{dims}->{_turned(dims)}", w)
+
+
+def turned(equation: str, x: jax.Array, w: jax.Array, **kwargs) -> jax.Array:
+    """`linear` for a few tokens and without a gradient, of a weight that has been turned.
+
+    Weight times tokens, with what is summed side by side in memory, is what XLA:CPU does at the
+    memory's speed up to 16 tokens; tokens times weight takes up to 3 times as long.
+    """
+    x_dims, w_dims, y_dims = _dims(equation)
+    w_dims, axes = _turned(w_dims), dict(zip(y_dims, spec(y_dims), strict=True))
+    summed = [dim for dim in w_dims if dim in x_dims]  # einsum would take them by the alphabet
+    pairs = [[dims.index(dim) for dim in summed] for dims in (w_dims, x_dims)]
+    first = "".join(dim for dim in w_dims + x_dims if dim in axes)
+    y = jax.lax.dot_general(w, x, (pairs, ((), ())), out_sharding=jax.P(*(axes[d] for d in first)),
+                            **kwargs)  # fmt: skip
+    return einsum(f"{first}->{y_dims}", y)
+
+
+def _turned(dims: str) -> str:
+    return dims[1:] + dims[0] if dims[0] == "D" else dims[-1] + dims[:-1]
+
+
 def _dims(equation: str) -> list[str]:
     return equation.replace("->", ",").split(",")  # of BTD,DF->BTF these three
 

@@ -22,7 +22,7 @@ from emu3_jax.attention import attention, balanced
 from emu3_jax.cache import Cache
 from emu3_jax.kernels import mask
 from emu3_jax.loss import HIDDEN, cross_entropy
-from emu3_jax.mesh import einsum, linear, place, spec
+from emu3_jax.mesh import einsum, linear, place, spec, turn, turned
 from emu3_jax.params import Param
 from emu3_jax.update import Task
 
@@ -214,14 +214,21 @@ class Transformer(Task):
         return _rms_norm(x_BTD, params["norm"], self.norm_eps)
 
     def apart(self, params) -> dict:
-        """The weights as `read` takes them: of the model's type, layers one by one.
+        """The weights as `read` takes them: of the model's type, turned, layers one by one.
 
         Where layers are stacked, a loop copies each before it is used. That is little beside a
         training step, and as much as all of a step that reads one token.
         """
         params = jax.tree.map(lambda w: w.astype(self.dtype), params)
-        layers = [jax.tree.map(lambda w, i=i: w[i], params["layers"]) for i in range(self.layers)]
-        return params | dict(layers=layers)
+
+        def layer(i: int) -> dict:
+            def one(p: Param, w_L):
+                return turn(p.dims[1:], w_L[i]) if p.std else w_L[i]
+
+            return jax.tree.map(one, self.params()["layers"], params["layers"])
+
+        layers = [layer(i) for i in range(self.layers)]
+        return params | dict(layers=layers, head=turn("DV", params["head"]))
 
     def read(self, params, tokens_BT, segments_BT, positions_BT, cache: Cache, first=False):
         """(final hidden states x_BTD, the cache with these tokens in it), of weights `apart`.
@@ -241,7 +248,7 @@ class Transformer(Task):
 
         x_BTD = _embed(params["embed"], tokens_BT, self.dtype)
         for p in params["layers"]:
-            x_BTD = _layer(p, x_BTD, rope, attend, self.norm_eps)
+            x_BTD = _layer(p, x_BTD, rope, attend, self.norm_eps, product=turned)
         return _rms_norm(x_BTD, params["norm"], self.norm_eps), cache._replace(layers=tuple(layers))
 
     def empty_cache(self, batch: int, slots: int, dtype: str = "") -> Cache:
@@ -270,25 +277,25 @@ def _embed(table_VD, tokens_BT, dtype):
     return jax.shard_map(local, **layout)(place(table_VD, "VD"), place(tokens_BT, "BT"))
 
 
-def _layer(p, x_BTD, rope, attend, eps, *drops):
+def _layer(p, x_BTD, rope, attend, eps, *drops, product=linear):
     """One layer; `attend` makes o_BTNH of queries, keys and values, `drops` act on the branches."""
     drop_attn, drop_mlp = drops or (lambda x: x, lambda x: x)
     h_BTD = _rms_norm(x_BTD, p["attn"]["norm"], eps)
-    q_BTNH = checkpoint_name(rope(linear("BTD,DNH->BTNH", h_BTD, p["attn"]["q"])), "qkv")
-    k_BTKH = checkpoint_name(rope(linear("BTD,DKH->BTKH", h_BTD, p["attn"]["k"])), "qkv")
-    v_BTKH = checkpoint_name(linear("BTD,DKH->BTKH", h_BTD, p["attn"]["v"]), "qkv")
+    q_BTNH = checkpoint_name(rope(product("BTD,DNH->BTNH", h_BTD, p["attn"]["q"])), "qkv")
+    k_BTKH = checkpoint_name(rope(product("BTD,DKH->BTKH", h_BTD, p["attn"]["k"])), "qkv")
+    v_BTKH = checkpoint_name(product("BTD,DKH->BTKH", h_BTD, p["attn"]["v"]), "qkv")
     o_BTNH = attend(q_BTNH, k_BTKH, v_BTKH)
-    h_BTD = checkpoint_name(linear("BTNH,NHD->BTD", o_BTNH, p["attn"]["o"]), "attention")
+    h_BTD = checkpoint_name(product("BTNH,NHD->BTD", o_BTNH, p["attn"]["o"]), "attention")
     x_BTD += drop_attn(h_BTD)
     h_BTD = _rms_norm(x_BTD, p["mlp"]["norm"], eps)
-    return x_BTD + drop_mlp(_mlp(p["mlp"], h_BTD))
+    return x_BTD + drop_mlp(_mlp(p["mlp"], h_BTD, product))
 
 
-def _mlp(p, h_BTD):
+def _mlp(p, h_BTD, product):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
-    gate_BTF = checkpoint_name(linear("BTD,DF->BTF", h_BTD, p["gate"]), "ffn")
-    up_BTF = checkpoint_name(linear("BTD,DF->BTF", h_BTD, p["up"]), "ffn")
-    return linear("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, p["down"])
+    gate_BTF = checkpoint_name(product("BTD,DF->BTF", h_BTD, p["gate"]), "ffn")
+    up_BTF = checkpoint_name(product("BTD,DF->BTF", h_BTD, p["up"]), "ffn")
+    return product("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, p["down"])
 
 
 def _rms_norm(x, scale, eps):
