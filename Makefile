@@ -13,7 +13,11 @@ INGEST := .venv-ingest/bin
 LAUNCH := .venv-launch/bin
 STUDIO := .venv-studio/bin
 ARGS ?= --config=configs/studio.py:demo
-RUN := JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python
+# glibc would map large arrays anew at each step and give them back, in small pages: kept, and in
+# huge pages, training on a CPU is a fifth to a third faster.
+KEEP := glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592
+ON_CPU := GLIBC_TUNABLES=glibc.malloc.hugetlb=1:$(KEEP) JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu}
+RUN := $(ON_CPU) $(BIN)/python
 
 .PHONY: demo demo-long studio test test-all check ingest launch lock
 
@@ -24,7 +28,7 @@ demo-long: $(BIN)/.run
 	$(RUN) -m emu3_jax.launch --config=configs/demo_long.py
 
 studio: $(STUDIO)/.run
-	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(STUDIO)/python -m emu3_jax.launch $(ARGS)
+	$(ON_CPU) $(STUDIO)/python -m emu3_jax.launch $(ARGS)
 
 test: $(BIN)/.test $(INGEST)/.run check
 	$(RUN) -m pytest -m "not slow"
