@@ -7,15 +7,16 @@
 The decoder has random weights, written by transformers and read by both sides. Both draw with
 guidance 3 and top-k 2048 under the grid's grammar; transformers' side has a static cache and two
 passes a token, with and without the prompt, as in Emu3's own code. Drawing all of an image would
-take an hour on a CPU, so its first rows are drawn: the time between a short and a longer piece
-counts, which leaves out reading the prompt and compiling. Later in an image the cache is longer,
-for both. Each side runs in a process of its own, in the order A B A B; what counts is the
-median. Prints one JSON line: tokens a second of both (ends of rows among them) and their ratio.
+take an hour on a CPU, so a few rows in its middle are timed: the prompt is a caption and as many
+codes as half an image has, and the first row, with which a side compiles, does not count. Each side
+runs in a process of its own, in the order A B A B; what counts is the median. Prints one JSON line:
+tokens a second of both (ends of rows among them) and their ratio.
 
 B batch  T position
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
@@ -41,15 +42,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--size", choices=SIZES, default="300m")
     parser.add_argument("--side-length", type=int, default=64, help="codes along an image's side")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--rows", type=int, nargs=2, default=[1, 2], help="of codes, two pieces")
-    parser.add_argument("--rounds", type=int, default=1, help="of each of the two processes")
+    parser.add_argument("--rows", type=int, default=2, help="of codes that are timed")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--side", choices=("weights", *SIDES), help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=pathlib.Path, help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.tiny:
-        options.size, options.side_length, options.batches = "tiny", 6, [2]
+        options.size, options.side_length, options.batches, options.rows = "tiny", 6, [2], 1
     if options.side == "weights":
         write_weights(options)
     elif options.side:
@@ -67,7 +67,7 @@ def compare(argv: list[str], options, directory: str) -> dict:
     for batch in options.batches:
         runs = {side: [] for side in SIDES}
         for side in SIDES * 2:
-            runs[side] += start(argv, directory, side, batch)
+            runs[side].append(start(argv, directory, side, batch))
         speed = {side: round(statistics.median(found), 2) for side, found in runs.items()}
         cases.append(dict(batch=batch, tokens_per_second=speed,
                           ratio=round(speed["jax"] / speed["torch"], 2), runs=runs))  # fmt: skip
@@ -76,12 +76,12 @@ def compare(argv: list[str], options, directory: str) -> dict:
                 platform=options.platform, cores=os.cpu_count(), cases=cases)  # fmt: skip
 
 
-def start(argv: list[str], directory: str, side: str, batch: int = 0) -> list[float]:
+def start(argv: list[str], directory: str, side: str, batch: int = 0) -> float | None:
     """What one process has found; nothing of the one that writes the weights."""
     flags = [f"--side={side}", f"--directory={directory}", f"--batch={batch}"]
     command = [sys.executable, "-m", "benchmarks.generate", *argv, *flags]
     out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return json.loads(out.splitlines()[-1]) if batch else []
+    return json.loads(out.splitlines()[-1]) if batch else None
 
 
 def write_weights(options) -> None:
@@ -110,31 +110,37 @@ def write_weights(options) -> None:
 
 
 def prompts(options, ids) -> tuple[list[list[int]], list[int]]:
-    """A prompt a row and the other branch's, as long as a caption with its quality words."""
-    text_BT = np.random.default_rng(0).integers(0, 150_000, (options.batch + 1, 50))
+    """A prompt a row and the other branch's: as long as a caption and half an image."""
+    length = 50 + options.side_length * half(options)
+    text_BT = np.random.default_rng(0).integers(0, 150_000, (options.batch + 1, length))
     found = [[ids.bos, *map(int, text_T), ids.boi, ids.img] for text_T in text_BT]
     return found[:-1], found[-1]
 
 
-def rates(options, draw) -> list[float]:
-    """Tokens a second of all rows, out of what a longer piece takes more than a short one."""
-    short, long = options.rows
-    found = []
-    if options.side == "jax" or options.platform == "gpu":  # which compiles
-        draw(short), draw(long)
-    for _ in range(options.rounds):
-        times = []
-        for rows in (short, long):
-            begun = time.perf_counter()
-            draw(rows)
-            times.append(time.perf_counter() - begun)
-        tokens = options.batch * (long - short) * (options.side_length + 1)
-        found.append(tokens / (times[1] - times[0]))
-    return found
+def half(options) -> int:
+    """Rows of codes in half an image, which is what is still to be drawn."""
+    return options.side_length // 2
 
 
-def by_jax(options) -> list[float]:
-    """Our sampler; an image of fewer rows is a shorter piece of the same work."""
+class Clock:
+    """Is told when a row of codes is drawn, and stops the drawing when enough are timed."""
+
+    def __init__(self, options):
+        self.rows, self.tokens = options.rows, options.batch * (options.side_length + 1)
+        self.times = []
+
+    def tick(self) -> bool:
+        """Whether all rows are timed."""
+        self.times.append(time.perf_counter())
+        return len(self.times) > self.rows
+
+    def rate(self) -> float:
+        """Tokens a second of all images together."""
+        return self.tokens * self.rows / (self.times[self.rows] - self.times[0])
+
+
+def by_jax(options) -> float:
+    """Our sampler."""
     import jax
 
     from emu3_jax import convert, generate, mesh, vocab
@@ -145,15 +151,19 @@ def by_jax(options) -> list[float]:
         model, params = convert.load(str(options.directory))
         generator = generate.Generator(model, params, ids, TEXT)
         del params
+        clock, size = Clock(options), (1, half(options), options.side_length)
 
-        def draw(rows: int) -> None:
-            size = (1, rows, options.side_length)
-            generator.codes([generate.Request(p, null, size) for p in asked], generate.Sampling())
+        def watch(drawn_RT, _) -> None:
+            if drawn_RT.shape[1] >= options.side_length and clock.tick():
+                raise StopIteration
 
-        return rates(options, draw)
+        with contextlib.suppress(StopIteration):
+            requests = [generate.Request(prompt, null, size) for prompt in asked]
+            generator.codes(requests, generate.Sampling(), watch)
+        return clock.rate()
 
 
-def by_torch(options) -> list[float]:
+def by_torch(options) -> float:
     """transformers' generate, with Emu3's rule of what may follow."""
     import torch
     import transformers
@@ -174,21 +184,22 @@ def by_torch(options) -> list[float]:
         behind = len(tokens_T) - prompt_BT.shape[1] + 1
         return [ids.eol] if behind % (options.side_length + 1) == 0 else codes
 
-    def draw(rows: int) -> None:
-        count = rows * (options.side_length + 1)
-        with torch.no_grad():
-            model.generate(
-                prompt_BT, attention_mask=torch.ones_like(prompt_BT), do_sample=True, top_k=2048,
-                max_new_tokens=count, min_new_tokens=count, guidance_scale=3.0,
-                negative_prompt_ids=null_BT,
-                negative_prompt_attention_mask=torch.ones_like(null_BT),
-                prefix_allowed_tokens_fn=allowed, cache_implementation="static",
-                pad_token_id=ids.pad, eos_token_id=ids.eos,
-            )  # fmt: skip
-        if device == "cuda":
-            torch.cuda.synchronize()
+    clock, count = Clock(options), half(options) * (options.side_length + 1)
 
-    return rates(options, draw)
+    def stop(tokens_BT, _, **__):
+        drawn = tokens_BT.shape[1] - prompt_BT.shape[1]
+        done = drawn % (options.side_length + 1) == 0 and clock.tick()
+        return torch.full((len(tokens_BT),), done, device=device)
+
+    with torch.no_grad():
+        model.generate(
+            prompt_BT, attention_mask=torch.ones_like(prompt_BT), do_sample=True, top_k=2048,
+            max_new_tokens=count, min_new_tokens=count, guidance_scale=3.0,
+            negative_prompt_ids=null_BT, negative_prompt_attention_mask=torch.ones_like(null_BT),
+            prefix_allowed_tokens_fn=allowed, cache_implementation="static",
+            stopping_criteria=[stop], pad_token_id=ids.pad, eos_token_id=ids.eos,
+        )  # fmt: skip
+    return clock.rate()
 
 
 if __name__ == "__main__":
