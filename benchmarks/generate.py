@@ -8,9 +8,9 @@ The decoder has random weights, written by transformers and read by both sides. 
 guidance 3 and top-k 2048 under the grid's grammar; transformers' side has a static cache and two
 passes a token, with and without the prompt, as in Emu3's own code. Drawing all of an image would
 take an hour on a CPU, so a few rows in its middle are timed: the prompt is a caption and as many
-codes as half an image has, and the first row, with which a side compiles, does not count. Each side
-runs in a process of its own, in the order A B A B; what counts is the median. Prints one JSON line:
-tokens a second of both (ends of rows among them) and their ratio.
+tokens as half an image has, and the first row, with which a side compiles, does not count. Each
+side runs in a process of its own, in the order A B A B; what counts is the median. Prints one JSON
+line: tokens a second of both (ends of rows among them) and their ratio.
 
 B batch  T position
 """
@@ -42,6 +42,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--size", choices=SIZES, default="300m")
     parser.add_argument("--side-length", type=int, default=64, help="codes along an image's side")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--before", type=int, default=32, help="rows drawn already")
     parser.add_argument("--rows", type=int, default=2, help="of codes that are timed")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--side", choices=("weights", *SIDES), help=argparse.SUPPRESS)
@@ -49,7 +50,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--batch", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.tiny:
-        options.size, options.side_length, options.batches, options.rows = "tiny", 6, [2], 1
+        options.size, options.side_length, options.batches = "tiny", 6, [2]
+        options.before, options.rows = 3, 1
     if options.side == "weights":
         write_weights(options)
     elif options.side:
@@ -72,8 +74,8 @@ def compare(argv: list[str], options, directory: str) -> dict:
         cases.append(dict(batch=batch, tokens_per_second=speed,
                           ratio=round(speed["jax"] / speed["torch"], 2), runs=runs))  # fmt: skip
         print(json.dumps(cases[-1]), file=sys.stderr, flush=True)
-    return dict(benchmark="generate", size=options.size, side_length=options.side_length,
-                platform=options.platform, cores=os.cpu_count(), cases=cases)  # fmt: skip
+    kept = {name: getattr(options, name) for name in ("size", "side_length", "before", "platform")}
+    return dict(benchmark="generate", **kept, cores=os.cpu_count(), cases=cases)
 
 
 def start(argv: list[str], directory: str, side: str, batch: int = 0) -> float | None:
@@ -110,16 +112,11 @@ def write_weights(options) -> None:
 
 
 def prompts(options, ids) -> tuple[list[list[int]], list[int]]:
-    """A prompt a row and the other branch's: as long as a caption and half an image."""
-    length = 50 + options.side_length * half(options)
+    """A prompt a row and the other branch's: as long as a caption and what is drawn before."""
+    length = 50 + options.before * (options.side_length + 1)
     text_BT = np.random.default_rng(0).integers(0, 150_000, (options.batch + 1, length))
     found = [[ids.bos, *map(int, text_T), ids.boi, ids.img] for text_T in text_BT]
     return found[:-1], found[-1]
-
-
-def half(options) -> int:
-    """Rows of codes in half an image, which is what is still to be drawn."""
-    return options.side_length // 2
 
 
 class Clock:
@@ -151,10 +148,11 @@ def by_jax(options) -> float:
         model, params = convert.load(str(options.directory))
         generator = generate.Generator(model, params, ids, TEXT)
         del params
-        clock, size = Clock(options), (1, half(options), options.side_length)
+        clock, side = Clock(options), options.side_length
+        size = 1, side - options.before, side
 
         def watch(drawn_RT, _) -> None:
-            if drawn_RT.shape[1] >= options.side_length and clock.tick():
+            if drawn_RT.shape[1] >= side and clock.tick():
                 raise StopIteration
 
         with contextlib.suppress(StopIteration):
@@ -176,19 +174,19 @@ def by_torch(options) -> float:
     model = transformers.Emu3ForConditionalGeneration.from_pretrained(
         options.directory, dtype="auto"
     ).to(device)
-    codes = list(range(ids.visual, ids.visual + ids.codes))
+    side, codes = options.side_length, list(range(ids.visual, ids.visual + ids.codes))
     prompt_BT = torch.tensor(asked, device=device)
     null_BT = torch.tensor([null] * options.batch, device=device)
 
     def allowed(_, tokens_T) -> list[int]:
         behind = len(tokens_T) - prompt_BT.shape[1] + 1
-        return [ids.eol] if behind % (options.side_length + 1) == 0 else codes
+        return [ids.eol] if behind % (side + 1) == 0 else codes
 
-    clock, count = Clock(options), half(options) * (options.side_length + 1)
+    clock, count = Clock(options), (side - options.before) * (side + 1)
 
     def stop(tokens_BT, _, **__):
         drawn = tokens_BT.shape[1] - prompt_BT.shape[1]
-        done = drawn % (options.side_length + 1) == 0 and clock.tick()
+        done = drawn % (side + 1) == 0 and clock.tick()
         return torch.full((len(tokens_BT),), done, device=device)
 
     with torch.no_grad():
