@@ -79,6 +79,7 @@ class _Shapes:
         return self.step(state, batch, step)
 
 
+@pytest.mark.slow
 def test_auto_takes_the_least_recomputation_that_fits(monkeypatch):
     """By the memory that each policy is measured to need."""
     run = train.Train(toy.model(remat="auto"), toy.Counting(length=64), batch=64)

@@ -400,6 +400,7 @@ def state_of(run_dir, step):
         return saved.restore(step, job(run_dir).abstract_state(device_mesh))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_exactly(finished, tmp_path):
     """With a discriminator, averages of its logits, codes placed and restarted in between."""
     shutil.copytree(finished, tmp_path / "run")

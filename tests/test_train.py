@@ -380,7 +380,9 @@ def test_the_moving_average_is_kept_and_loaded(tmp_path):
     np.testing.assert_array_equal(after["ema"]["embed"], after["params"]["embed"])
 
 
-@pytest.mark.parametrize("fields", [dict(moments="bfloat16"), dict(offload=True)])
+@pytest.mark.parametrize(
+    "fields", [dict(moments="bfloat16"), pytest.param(dict(offload=True), marks=pytest.mark.slow)]
+)
 def test_moments_in_less_or_other_memory(fields):
     """bfloat16 moves weights by nearly the same; the host's memory changes no bit."""
     device_mesh = mesh.Mesh().make()
