@@ -220,14 +220,13 @@ class Transformer(Task):
         training step, and as much as all of a step that reads one token.
         """
         params = jax.tree.map(lambda w: w.astype(self.dtype), params)
+        declared = self.params()["layers"]
 
-        def layer(i: int) -> dict:
-            def one(p: Param, w_L):
-                return turn(p.dims[1:], w_L[i]) if p.std else w_L[i]
+        def of_layer(i: int, p: Param, w_L):
+            return turn(p.dims[1:], w_L[i]) if p.std else w_L[i]
 
-            return jax.tree.map(one, self.params()["layers"], params["layers"])
-
-        layers = [layer(i) for i in range(self.layers)]
+        layers = [jax.tree.map(functools.partial(of_layer, i), declared, params["layers"])
+                  for i in range(self.layers)]  # fmt: skip
         return params | dict(layers=layers, head=turn("DV", params["head"]))
 
     def read(self, params, tokens_BT, segments_BT, positions_BT, cache: Cache, first=False):
