@@ -16,6 +16,7 @@ import jax
 from configs.emu3_8b_stage1 import decoder
 from emu3_jax import compile as compile_lib
 from emu3_jax import generate, mesh, params, vocab
+from emu3_jax.sampling import Sampling
 
 ROWS = (  # topology, images at once, type of the cache, GB/s of a chip's memory
     ("v5e:2x4", 1, "", 819),
@@ -46,7 +47,7 @@ def compiled(topology: str, images: int, dtype: str, bandwidth: int) -> dict:
         weights = jax.tree.map(abstract, model.params())
         generator = generate.Generator(model, weights, ids, 151_643, dtype)
         request = generate.Request([ids.img] * PROMPT, [ids.img] * PROMPT, (1, 90, 90))
-        lowered = generator.lowered([request] * images, generate.Sampling())
+        lowered = generator.lowered([request] * images, Sampling())
         memory = lowered.compile().memory_analysis()
     read = 2 * params.count(weights["layers"]) / len(devices)
     fields = dict(peak="peak_memory", arguments="argument_size", temporaries="temp_size")

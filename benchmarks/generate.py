@@ -141,6 +141,7 @@ def by_jax(options) -> float:
     import jax
 
     from emu3_jax import convert, generate, mesh, vocab
+    from emu3_jax.sampling import Sampling
 
     ids = vocab.special_ids(TEXT, vocab.EMU3_CODES)
     asked, null = prompts(options, ids)
@@ -157,7 +158,7 @@ def by_jax(options) -> float:
 
         with contextlib.suppress(StopIteration):
             requests = [generate.Request(prompt, null, size) for prompt in asked]
-            generator.codes(requests, generate.Sampling(), watch)
+            generator.codes(requests, Sampling(), watch)
         return clock.rate()
 
 

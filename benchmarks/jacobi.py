@@ -15,12 +15,12 @@ import statistics
 import time
 
 from data_pipelines import image_folder
-from emu3_jax import generate
+from emu3_jax.sampling import PRESETS
 from inference.artist import Model, Picture
 
 WINDOWS = (0, 4, 8, 16)
-SAMPLINGS = dict(drawn=generate.PRESETS["official"],
-                 greedy=dataclasses.replace(generate.PRESETS["greedy"], guidance=1.5))  # fmt: skip
+SAMPLINGS = dict(drawn=PRESETS["official"],
+                 greedy=dataclasses.replace(PRESETS["greedy"], guidance=1.5))  # fmt: skip
 
 
 def main() -> None:

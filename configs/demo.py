@@ -20,8 +20,8 @@ from demo.evaluate import Evaluate
 from demo.export import Export
 from demo.pipeline import Demo
 from demo.report import Report
-from emu3_jax.generate import Sampling
 from emu3_jax.optim import AdamW
+from emu3_jax.sampling import Sampling
 from emu3_jax.train import Train
 from emu3_jax.transformer import Transformer
 from tokenizer.exchange import Convert

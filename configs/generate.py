@@ -16,7 +16,7 @@ them, and a grid; mp4 of videos.
 
 import dataclasses
 
-from emu3_jax import generate
+from emu3_jax.sampling import PRESETS, Sampling
 from inference.artist import Canvas, Model
 from inference.benchmarks import WriteBenchmark
 from inference.draw import Generate, GoOn
@@ -38,7 +38,7 @@ def get_config(what: str = "official"):
         model = Model(f"{run}/tokenizer", f"{run}/decoder", f"{run}/vocab.tiktoken")
         return Generate(
             model, ("woman: medium skin tone", "man: dark skin tone"), samples=4,
-            canvas=Canvas(area=32 * 32), sampling=generate.Sampling(guidance=1.5, top_k=0),
+            canvas=Canvas(area=32 * 32), sampling=Sampling(guidance=1.5, top_k=0),
             directory=f"{run}/generate",
         )  # fmt: skip
     if what == "video":
@@ -47,7 +47,7 @@ def get_config(what: str = "official"):
         return GoOn(Model())
     if what == "benchmark":
         return WriteBenchmark(model=model)
-    if what not in generate.PRESETS:
-        names = ", ".join([*generate.PRESETS, "video", "go_on", "benchmark", "demo"])
+    if what not in PRESETS:
+        names = ", ".join([*PRESETS, "video", "go_on", "benchmark", "demo"])
         raise ValueError(f"nothing called {what!r} to generate; take one of {names}")
-    return Generate(model, sampling=dataclasses.replace(generate.PRESETS[what]))
+    return Generate(model, sampling=dataclasses.replace(PRESETS[what]))

@@ -12,7 +12,7 @@ opens it to others, without a password. Hardware: any; Emu3's 8B needs 20 GB on 
 """
 
 from configs import generate as texts
-from emu3_jax import generate
+from emu3_jax.sampling import Sampling
 from inference.artist import Canvas, Model
 from inference.studio import Studio
 
@@ -24,7 +24,7 @@ def get_config(what: str = "") -> Studio:
         return Studio(
             Model(f"{run}/tokenizer", f"{run}/decoder", f"{run}/vocab.tiktoken"),
             Canvas(area=32 * 32, seconds=1.0, fps=8.0),
-            generate.Sampling(guidance=1.5, top_k=0),
+            Sampling(guidance=1.5, top_k=0),
             length=64,
         )
     if what:

@@ -13,10 +13,10 @@ import numpy as np
 
 from data_pipelines import chat, image_folder
 from demo import questions
-from emu3_jax import generate
+from emu3_jax.sampling import PRESETS
 from inference.artist import Artist, Model
 
-PRESETS = {"greedy": "likeliest", "official": "sampled"}
+WAYS = {"likeliest": PRESETS["greedy"], "sampled": PRESETS["official"]}
 MEANING = {
     "questions": "how many were asked",
     "likeliest": "the likeliest answer is right to the letter",
@@ -30,7 +30,7 @@ MEANING = {
 class Answer:
     """Job: puts the questions of `asked` (see questions.py), each for itself, to the model.
 
-    `path` gets the entries, with what was said under `said`, by the names of PRESETS. Pictures are
+    `path` gets the entries, with what was said under `said`, by the names of WAYS. Pictures are
     those of `images`; an answer has at most `length` ids; `batch` questions are put at a time.
     """
 
@@ -52,7 +52,7 @@ class Answer:
             blocks = self._blocks(artist, sorted({entry["file"] for entry in asked}))
             prompts = [chat.prompt([(entry["question"], "")], artist.vocab, blocks[entry["file"]])
                        for entry in asked]  # fmt: skip
-            said = {name: self._said(artist, prompts, preset) for preset, name in PRESETS.items()}
+            said = {way: self._said(artist, prompts, way) for way in WAYS}
         for i, entry in enumerate(asked):
             entry["said"] = {name: texts[i] for name, texts in said.items()}
         path.write_text(json.dumps(asked, indent=1, ensure_ascii=False))
@@ -67,12 +67,12 @@ class Answer:
                        for file, codes_hw in zip(part, codes_Bhw, strict=False)}  # fmt: skip
         return blocks
 
-    def _said(self, artist: Artist, prompts: list[list[int]], preset: str) -> list[str]:
+    def _said(self, artist: Artist, prompts: list[list[int]], way: str) -> list[str]:
         said = []
         for part, short in _filled(prompts, self.batch):
-            texts = artist.texts(part, self.length, generate.PRESETS[preset])
+            texts = artist.texts(part, self.length, WAYS[way])
             said += [text.strip() for text in texts[:short]]
-        print(f"{len(said)} questions answered ({preset})", flush=True)
+        print(f"{len(said)} questions answered ({way})", flush=True)
         return said
 
 
@@ -121,7 +121,7 @@ def figures(
         values[name][kind] = (
             dict(questions=len(entries))
             | {how: float(np.mean([e["said"][how] == e["answer"] for e in entries]))
-               for how in PRESETS.values()}
+               for how in WAYS}
             | dict(best_constant=max(right.values()) / len(entries),
                    uniform=1 / len(possible[kind]))
         )  # fmt: skip

@@ -11,7 +11,7 @@ import pathlib
 import numpy as np
 
 from data_pipelines import video_folder
-from emu3_jax import generate
+from emu3_jax.sampling import PRESETS, Sampling
 from inference.artist import Artist, Model, Picture
 
 
@@ -33,8 +33,8 @@ class Continue:
     batch: int = 32
     frames: int = 16
     given: int = 8
-    sampling: generate.Sampling = dataclasses.field(
-        default_factory=lambda: dataclasses.replace(generate.PRESETS["greedy"])
+    sampling: Sampling = dataclasses.field(
+        default_factory=lambda: dataclasses.replace(PRESETS["greedy"])
     )
 
     def run(self) -> None:

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from data_pipelines import image_folder
-from emu3_jax import generate, mesh
+from emu3_jax import mesh
+from emu3_jax.sampling import Sampling
 from inference import artist
 
 
@@ -34,7 +35,7 @@ class Draw:
     count: int = 128
     batch: int = 64
     caption_length: int = 24
-    sampling: generate.Sampling = dataclasses.field(default_factory=generate.Sampling)
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
     seed: int = 0
 
     def run(self) -> None:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from emu3_jax import generate
 from emu3_jax.cache import Cache
 from emu3_jax.mesh import place
+from emu3_jax.sampling import scores
 
 
 class Guessing(NamedTuple):
@@ -103,7 +104,7 @@ class Speculative(generate.Generator):
                                         state.cache)  # fmt: skip
         logits_BWC = self._logits(visual_CD, x_BWD)[..., : self._ids.codes]
         scores_RWC = jax.vmap(
-            lambda logits_BC: generate.scores(logits_BC, True, len(state.keys_R), sampling), 1, 1
+            lambda logits_BC: scores(logits_BC, True, len(state.keys_R), sampling), 1, 1
         )(logits_BWC)
         p_RWC = jax.nn.softmax(scores_RWC)
 

@@ -18,6 +18,7 @@ from data_pipelines import chat
 from emu3_jax import convert, generate, jacobi
 from emu3_jax import vocab as vocabulary
 from emu3_jax.mesh import Mesh
+from emu3_jax.sampling import PRESETS, Sampling
 from tokenizer import convert as tokenizer_convert
 from tokenizer import pixels
 
@@ -127,9 +128,8 @@ class Artist:
         return np.asarray(pixels.to_uint8(self.vq.decode_clips(jnp.asarray(codes_Bthw))))
 
     def draw(
-        self, pictures: Sequence[Picture], sampling: generate.Sampling,
-        watch: Callable | None = None,
-    ) -> list[np.ndarray]:  # fmt: skip
+        self, pictures: Sequence[Picture], sampling: Sampling, watch: Callable | None = None
+    ) -> list[np.ndarray]:
         """The codes of each that are not given, int32 codes_thw; `watch` as in Generator.codes."""
         return self.generator.codes([self._request(p) for p in pictures], sampling, watch)
 
@@ -140,9 +140,8 @@ class Artist:
         return self.pixels(codes_thw)[0]
 
     def go_on(
-        self, picture: Picture, times: int, sampling: generate.Sampling,
-        watch: Callable | None = None,
-    ) -> np.ndarray:  # fmt: skip
+        self, picture: Picture, times: int, sampling: Sampling, watch: Callable | None = None
+    ) -> np.ndarray:
         """A video that begins with the given frames and goes on -> all of its codes_thw.
 
         Each time as many frames as were given follow, out of those before: `picture.frames` counts
@@ -160,11 +159,11 @@ class Artist:
         At most `length` ids of it.
         """
         prompts = [[self.vocab.bos, *block.tolist()] for block in blocks]
-        return self.texts(prompts, length, generate.PRESETS["greedy"])
+        return self.texts(prompts, length, PRESETS["greedy"])
 
     def answer(
         self, block: np.ndarray | None, turns: Sequence[tuple[str, str]], length: int,
-        sampling: generate.Sampling, watch: Callable | None = None,
+        sampling: Sampling, watch: Callable | None = None,
     ) -> str:  # fmt: skip
         """The answer to the last of some questions (whose own answer is empty), about an image or
         video block or about nothing."""
@@ -172,7 +171,7 @@ class Artist:
         return self.texts([prompt], length, sampling, watch)[0].strip()
 
     def texts(
-        self, prompts: Sequence[Sequence[int]], length: int, sampling: generate.Sampling,
+        self, prompts: Sequence[Sequence[int]], length: int, sampling: Sampling,
         watch: Callable | None = None,
     ) -> list[str]:  # fmt: skip
         """What follows each prompt, up to EOS."""

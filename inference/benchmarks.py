@@ -15,7 +15,8 @@ import jax
 import numpy as np
 
 from data_pipelines import progress
-from emu3_jax import generate, packages
+from emu3_jax import packages
+from emu3_jax.sampling import PRESETS, Sampling
 from inference import files, prompts
 from inference.artist import Canvas, Model
 
@@ -107,8 +108,8 @@ class WriteBenchmark:
     batch: int = 16
     model: Model = dataclasses.field(default_factory=Model)
     canvas: Canvas = dataclasses.field(default_factory=Canvas)
-    sampling: generate.Sampling = dataclasses.field(
-        default_factory=lambda: dataclasses.replace(generate.PRESETS["paper"])
+    sampling: Sampling = dataclasses.field(
+        default_factory=lambda: dataclasses.replace(PRESETS["paper"])
     )
 
     def run(self) -> None:

@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 
-from emu3_jax import generate
+from emu3_jax.sampling import PRESETS, Sampling
 from inference import files
 from inference.artist import Artist, Canvas, Model
 
@@ -25,8 +25,8 @@ class Chat:
     questions: tuple[str, ...] = ()
     length: int = 256
     canvas: Canvas = dataclasses.field(default_factory=lambda: Canvas(area=512 * 512))
-    sampling: generate.Sampling = dataclasses.field(
-        default_factory=lambda: dataclasses.replace(generate.PRESETS["greedy"])
+    sampling: Sampling = dataclasses.field(
+        default_factory=lambda: dataclasses.replace(PRESETS["greedy"])
     )
 
     def run(self) -> None:

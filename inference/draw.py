@@ -13,7 +13,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from emu3_jax import generate, metrics, packages
+from emu3_jax import metrics, packages
+from emu3_jax.sampling import Sampling
 from inference import files
 from inference.artist import Artist, Canvas, Model, Picture
 
@@ -33,7 +34,7 @@ class Generate:
     samples: int = 1
     batch: int = 4
     canvas: Canvas = dataclasses.field(default_factory=Canvas)
-    sampling: generate.Sampling = dataclasses.field(default_factory=generate.Sampling)
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
     directory: str = "runs/generate"
 
     def run(self) -> None:
@@ -93,7 +94,7 @@ class GoOn:
     caption: str = ""
     times: int = 1
     canvas: Canvas = dataclasses.field(default_factory=lambda: Canvas(seconds=2.0, fps=24.0))
-    sampling: generate.Sampling = dataclasses.field(default_factory=generate.Sampling)
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
     path: str = "runs/go_on.mp4"
 
     def run(self) -> None:
@@ -141,9 +142,7 @@ class Progress:
             self._tell(f"{self._name}  {done / steps:.0%}  {rate * rows:,.0f} codes/s  {left} left")
 
 
-def file(
-    pixels: np.ndarray, picture: Picture, model: Model, sampling: generate.Sampling
-) -> bytes:
+def file(pixels: np.ndarray, picture: Picture, model: Model, sampling: Sampling) -> bytes:
     """A drawn picture as a file: an mp4, or a PNG that holds its prompt and settings as text."""
     if picture.fps:
         return files.mp4(pixels, picture.fps)

@@ -21,7 +21,7 @@ import uvicorn  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
 from starlette.middleware.trustedhost import TrustedHostMiddleware  # noqa: E402
 
-from emu3_jax import generate  # noqa: E402
+from emu3_jax.sampling import Sampling  # noqa: E402
 from inference import studio  # noqa: E402
 from inference.artist import Canvas  # noqa: E402
 from inference.draw import GoOn  # noqa: E402
@@ -211,8 +211,8 @@ def _canvas(ratio, size) -> Canvas:
     return Canvas(str(ratio), size * size)
 
 
-def _sampling(*values) -> generate.Sampling:
+def _sampling(*values) -> Sampling:
     if None in values:
         raise ValueError("guidance, top-k, top-p, temperature and seed: one of them is empty")
     guidance, top_k, top_p, temperature, seed = values
-    return generate.Sampling(float(guidance), top_k, float(top_p), float(temperature), seed)
+    return Sampling(float(guidance), top_k, float(top_p), float(temperature), seed)

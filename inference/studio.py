@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from emu3_jax import generate, untrusted
+from emu3_jax import untrusted
+from emu3_jax.sampling import PRESETS, Sampling
 from inference import draw
 from inference.artist import Artist, Canvas, Model
 from inference.chat import Chat
@@ -44,7 +45,7 @@ class Studio:
 
     model: Model = dataclasses.field(default_factory=Model)
     canvas: Canvas = dataclasses.field(default_factory=lambda: Canvas(seconds=2.0, fps=24.0))
-    sampling: generate.Sampling = dataclasses.field(default_factory=generate.Sampling)
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
     length: int = 256
     host: str = "127.0.0.1"
     port: int = 7860
@@ -136,7 +137,7 @@ class _Dropped(Exception):
 
 def draw_images(
     artist: Artist, tell: Callable, model: Model, prompt: str, samples: int, canvas: Canvas,
-    sampling: generate.Sampling,
+    sampling: Sampling,
 ) -> News:  # fmt: skip
     """A task: the paths of so many PNGs; meanwhile the pictures so far, [R, H, W, C]."""
     tell("reading the prompt (a new size or setting is compiled first)")
@@ -175,7 +176,7 @@ def ask(
 
     with _by_name(image):
         block = Chat(image=image or "", canvas=canvas).block(artist)
-    answer = artist.answer(block, [(question, "")], length, generate.PRESETS["greedy"], watch)
+    answer = artist.answer(block, [(question, "")], length, PRESETS["greedy"], watch)
     return News("answered", answer)
 
 

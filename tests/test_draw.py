@@ -15,7 +15,7 @@ import pytest
 
 from data_pipelines import video_folder
 from emu3_jax import convert, vocab
-from emu3_jax.generate import Sampling
+from emu3_jax.sampling import Sampling
 from inference import artist, draw, files
 from inference.artist import Canvas, Model
 from inference.chat import Chat

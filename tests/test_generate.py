@@ -13,7 +13,8 @@ import reference
 import torch
 
 from emu3_jax import convert, generate, mesh, vocab
-from emu3_jax.generate import Generator, Request, Sampling
+from emu3_jax.generate import Generator, Request
+from emu3_jax.sampling import Sampling, sample
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -158,8 +159,8 @@ def plainly(model, params, asked: Request, sampling: Sampling) -> np.ndarray:
         if high - low == 1:
             tokens.append(low)
             continue
-        token_B = generate.sample(np.asarray(logits_BV)[:, low:high], True,
-                                  jax.random.fold_in(key, drawn)[None], sampling)  # fmt: skip
+        draw_key_B = jax.random.fold_in(key, drawn)[None]
+        token_B = sample(np.asarray(logits_BV)[:, low:high], True, draw_key_B, sampling)
         tokens.append(low + int(token_B[0]))
         drawn += 1
     frames = np.array(tokens).reshape(t - asked.given, frame)[:, :-1]
@@ -279,7 +280,7 @@ def test_draws_have_the_distribution_asked_for(sampling, guided):
     logits_BV = jnp.tile(LOGITS_V, (count, 1))
     if guided:
         logits_BV = jnp.concatenate([logits_BV, jnp.tile(WITHOUT_V, (count, 1))])
-    draw_B = jax.jit(lambda l_BV, k_B: generate.sample(l_BV, LEGAL_V, k_B, sampling))
+    draw_B = jax.jit(lambda l_BV, k_B: sample(l_BV, LEGAL_V, k_B, sampling))
     want_V = expected(LOGITS_V, sampling, LEGAL_V, WITHOUT_V if guided else None)
     got_V = np.bincount(draw_B(logits_BV, keys_B), minlength=8) / count
     assert not got_V[want_V == 0].any() and got_V[want_V > 0.001].all()
@@ -288,7 +289,7 @@ def test_draws_have_the_distribution_asked_for(sampling, guided):
 
 def test_temperature_zero_takes_the_likeliest_legal_id():
     keys_B = jax.random.split(jax.random.key(0), 1)
-    token_B = generate.sample(LOGITS_V[None], LEGAL_V, keys_B, Sampling(temperature=0.0))
+    token_B = sample(LOGITS_V[None], LEGAL_V, keys_B, Sampling(temperature=0.0))
     assert token_B.tolist() == [4]
 
 

@@ -13,8 +13,9 @@ import pytest
 import toy
 
 from emu3_jax import generate, vocab
-from emu3_jax.generate import Request, Sampling
+from emu3_jax.generate import Request
 from emu3_jax.jacobi import Speculative
+from emu3_jax.sampling import Sampling, scores
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -64,7 +65,7 @@ def exactly(model, asked: Request, sampling: Sampling) -> np.ndarray:
         branches.append(np.asarray(logits_BTV)[:, -3:, IDS.visual : IDS.visual + CODES])
     for place in range(3):
         logits_BC = np.concatenate([branch_BTC[:, place] for branch_BTC in branches])
-        scores_BC = generate.scores(jnp.array(logits_BC), True, len(rows), sampling)
+        scores_BC = scores(jnp.array(logits_BC), True, len(rows), sampling)
         p_BC = np.asarray(jax.nn.softmax(scores_BC))
         p_R *= p_BC[np.arange(len(rows)), rows[:, place]]
     return p_R
