@@ -5,8 +5,9 @@
 The small decoder of benchmarks/chaos.py trains in two processes under the local supervisor. Each
 fault happens once, in the middle; the supervisor, or a person where it ends for good, goes on. At
 the end the figures of every step must be those of a run that nothing happened to. Faults of the
-disk need a tmpfs, and so root on Linux; without, they are left out and told of. Prints the table in
-Markdown and one line of JSON. Time: about 40 s a fault on two cores.
+disk need a tmpfs, and so root on Linux, those of the clock libfaketime (Debian: faketime); without,
+they are left out and told of. Prints the table in Markdown and one line of JSON. Time: about 40 s a
+fault on two cores.
 """
 
 import argparse
@@ -35,14 +36,19 @@ NOISE = re.compile(r"^\[Gloo\]|^\s*@ |^[EFWI]\d{4} |  step |weights, |goes on at
 class Fault(NamedTuple):
     """Something that `do(children, run_dir)` does to the first attempt, once step AT is told of.
 
-    `between` is done after so many `attempts`, by a person where the supervisor ended.
+    `between` is done after so many `attempts`, by a person where the supervisor ended. All happens
+    `within` what is made of the run's folder.
     """
 
     name: str
     do: Callable
     between: Callable = lambda run_dir: None
-    needs_disk: bool = False
+    within: Callable = lambda folder: contextlib.nullcontext()
     attempts: int = 1
+
+
+class Lacking(Exception):
+    """This machine does not have what a fault needs."""
 
 
 def _signal(number: int) -> Callable:
@@ -96,6 +102,39 @@ def _restore_part(run_dir: pathlib.Path) -> None:
     (store / "away").rename(store / "part-00001-of-00002")
 
 
+@contextlib.contextmanager
+def _disk(folder: pathlib.Path):
+    """`folder` is a small disk of its own."""
+    if os.geteuid():
+        raise Lacking("root")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@contextlib.contextmanager
+def _clock(folder: pathlib.Path):
+    """The wall clock of processes is as the file `clock` in `folder` says, within a second."""
+    libraries = sorted(pathlib.Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
+    if not libraries:
+        raise Lacking("libfaketime")
+    (folder / "clock").write_text("+0")
+    os.environ |= dict(
+        LD_PRELOAD=str(libraries[0]), FAKETIME_TIMESTAMP_FILE=str(folder / "clock"),
+        FAKETIME_CACHE_DURATION="1", FAKETIME_DONT_FAKE_MONOTONIC="1", NO_FAKE_STAT="1",
+    )  # fmt: skip
+    try:
+        yield
+    finally:
+        del os.environ["LD_PRELOAD"]
+
+
+def _set_clock(by: str) -> Callable:
+    return lambda children, run_dir: (run_dir.parent / "clock").write_text(by)
+
+
 FAULTS = (
     Fault("SIGTERM to one process", _signal(signal.SIGTERM)),
     Fault("SIGKILL of one process", _signal(signal.SIGKILL)),
@@ -106,8 +145,10 @@ FAULTS = (
     Fault("... its metadata missing", _kill_all, _damaged(test_checkpoint.lacking_metadata)),
     Fault("... its directory empty", _kill_all, _damaged(test_checkpoint.empty)),
     Fault("a part of a store deleted", _delete_part, _restore_part, attempts=2),
-    Fault("the disk full", _fill, _unfill, needs_disk=True),
-    Fault("the run directory read-only", _read_only, _writable, needs_disk=True),
+    Fault("the disk full", _fill, _unfill, _disk),
+    Fault("the run directory read-only", _read_only, _writable, _disk),
+    Fault("the clock set a day back", _set_clock("-1d"), within=_clock),
+    Fault("the clock set a day forward", _set_clock("+1d"), within=_clock),
 )  # fmt: skip
 
 
@@ -116,7 +157,7 @@ def happen(fault: Fault, root: pathlib.Path, whole: pathlib.Path) -> dict:
     folder = root / f"{random.randrange(10**9)}"
     folder.mkdir()
     run_dir, begun, struck = folder / "run", [], threading.Event()
-    with _disk(folder) if fault.needs_disk else contextlib.nullcontext():
+    with fault.within(folder):
 
         def on_start(children):
             begun.append(children)
@@ -146,15 +187,6 @@ def _strike(fault: Fault, children, run_dir: pathlib.Path, struck: threading.Eve
     struck.set()
 
 
-@contextlib.contextmanager
-def _disk(folder: pathlib.Path):
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
 def _told(logs: pathlib.Path) -> list[str]:
     """What was said beyond the usual, of the first process, without paths."""
     lines = [line for path in sorted(logs.glob("attempt-*-process-0.log"))
@@ -176,10 +208,11 @@ def main(only: str, root: pathlib.Path) -> list[dict]:
     for fault in FAULTS:
         if only not in fault.name:
             continue
-        if fault.needs_disk and os.geteuid():
-            print(f"left out, as it needs root: {fault.name}")
+        try:
+            rows.append(happen(fault, root, whole))
+        except Lacking as lacking:
+            print(f"left out, as it needs {lacking}: {fault.name}", flush=True)
             continue
-        rows.append(happen(fault, root, whole))
         print(json.dumps(rows[-1]), flush=True)
     return rows
 
