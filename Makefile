@@ -18,6 +18,9 @@ ARGS ?= --config=configs/studio.py:demo
 KEEP := glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592
 ON_CPU := GLIBC_TUNABLES=glibc.malloc.hugetlb=1:$(KEEP) JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu}
 RUN := $(ON_CPU) $(BIN)/python
+# Most of a test is compilation, which takes one core. Each worker may come to hold 5 GB.
+WORKERS ?= 2
+PYTEST := $(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo demo-long studio test test-all check ingest launch lock
 
@@ -31,10 +34,10 @@ studio: $(STUDIO)/.run
 	$(ON_CPU) $(STUDIO)/python -m emu3_jax.launch $(ARGS)
 
 test: $(BIN)/.test $(INGEST)/.run check
-	$(RUN) -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(BIN)/.test $(INGEST)/.run $(LAUNCH)/.run $(STUDIO)/.run check
-	$(RUN) -m pytest
+	$(PYTEST)
 
 check: $(BIN)/.test
 	$(BIN)/ruff check .

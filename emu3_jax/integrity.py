@@ -25,6 +25,7 @@ _ABOUT = pathlib.PurePath("about", "metadata")
 _MARKER = re.compile(r"(\d{1,6})-of-(\d{1,6})\.json")
 _FOUND = dict(files=untrusted.mapping, sums=untrusted.counts_by_name)
 _BLOCK = 1 << 24  # bytes
+_CACHE = 1 << 26  # bytes of the index of arrays, of which each chunk's place would be read anew
 
 
 def read_about(path: pathlib.Path) -> dict:
@@ -127,10 +128,11 @@ def _size_and_crc(path: pathlib.Path) -> tuple[int, int]:
 def _chunks(path: pathlib.Path, names) -> Iterator[tuple[str, tensorstore.TensorStore, tuple]]:
     """Every chunk of every array, unread, with its first index along each dimension."""
     base = f"file://{path.absolute()}/state/"
+    context = tensorstore.Context({"cache_pool#index": {"total_bytes_limit": _CACHE}})
+    store = {"driver": "ocdbt", "base": base, "cache_pool": "cache_pool#index"}
     for name in sorted(names):
-        array = tensorstore.open({
-            "driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base}, "path": name,
-        }, open=True, read=True).result()  # fmt: skip
+        array = tensorstore.open({"driver": "zarr", "kvstore": store, "path": name},
+                                 open=True, read=True, context=context).result()  # fmt: skip
         sizes = array.chunk_layout.read_chunk.shape or ()  # None of a scalar
         steps = (range(0, length, size) for length, size in zip(array.shape, sizes, strict=True))
         for begins in itertools.product(*steps):
