@@ -6,7 +6,7 @@ Trains a small decoder on a mixture of stores through the local supervisor, undi
 with SIGKILL to a random process each time a random moment comes: while it starts, between steps,
 amid a save. After that many kills it may finish. Both runs must have the same figures at every step
 and the same bits in the last checkpoint. With `--elastic` every 10th attempt has another number of
-processes (1, 2 or 4): then losses must agree to 1e-5.
+processes, 1 and 4 in turn: then losses must agree to 1e-5.
 
 Prints a line for each kill and one line of JSON: kills by moment, the most steps that were taken
 again after one, and in how many checkpoint intervals. Time: about 15 s a kill on two cores.

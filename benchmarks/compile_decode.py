@@ -4,8 +4,8 @@
 
 One 720x720 image (90x90 codes) with guidance, and a batch, in bfloat16, the weights split over the
 chips. Memory is a chip's: weights, cache and the compiler's temporaries. The time of a token is at
-least that of reading all weights but the embedding once, at the bandwidth that the chip's maker
-names; it is an estimate, nothing ran. Prints one line of JSON a row.
+least that of reading the layers' weights once, at the bandwidth that the chip's maker names; it is
+an estimate, nothing ran. Prints one line of JSON a row.
 """
 
 import json

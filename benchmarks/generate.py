@@ -1,7 +1,8 @@
 """Drawing images: our sampler beside transformers' `generate`, on the same weights.
 
     python -m benchmarks.generate                              CPU, float32, a 300M model
-    python -m benchmarks.generate --platform=gpu --size=8b     GPU, bfloat16, 90x90 codes
+    python -m benchmarks.generate --platform=gpu --size=8b --side-length=90 --before=45
+                                                               GPU, bfloat16, 90x90 codes
     python -m benchmarks.generate --tiny                       seconds, for tests
 
 The decoder has random weights, written by transformers and read by both sides. Both draw with

@@ -12,7 +12,7 @@ documents apart and weights; ours makes ids out of raw codes and text, the other
     datasets   Arrow, documents shuffled in a buffer of 1,000, end to end and cut into rows, so
                images are split (and it tells no documents apart)
 
-`fill`: the share of positions in use of the three mixtures that the rows are meant for. `start`:
+`fill`: the share of positions in use of the mixtures that the rows are meant for. `start`:
 seconds and memory to open a mixture over 100 million documents at step 1,000,000 and to plan the
 rows of a step. `memory`: of planning 10 million rows, before and after. --tiny takes seconds.
 """

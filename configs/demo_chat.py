@@ -5,8 +5,9 @@
         decoder, answer, evaluate or report
 
 Hardware: any CPU. Time: see README. Expected result: runs/demo_chat/report.html and
-evaluation.json, in which the share of right answers is far above chance, also for pictures that
-the model has never seen. Fields are changed as in --config.decoder.steps=500.
+evaluation.json, in which the share of right answers is far above chance for three of four kinds
+of question, also for pictures that the model has never seen. Fields are changed as in
+--config.decoder.steps=500.
 """
 
 import os
@@ -61,5 +62,5 @@ def build(run_dir: str, start: str, steps: int) -> ChatDemo:
 
 
 def get_config(stage: str = ""):
-    """The five-minute demo, after make demo."""
+    """The demo of answers, after make demo."""
     return build("runs/demo_chat", "runs/demo", steps=240).stage(stage)

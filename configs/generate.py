@@ -31,7 +31,7 @@ NEGATIVE = (
 
 
 def get_config(what: str = "official"):
-    """One of the presets of generate.py, or video, go_on, benchmark or demo."""
+    """One of the presets of emu3_jax/sampling.py, or video, go_on, benchmark or demo."""
     model = Model(suffix=SUFFIX, negative=NEGATIVE)
     if what == "demo":
         run = "runs/demo"

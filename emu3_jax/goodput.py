@@ -6,7 +6,6 @@ An attempt is one start of the run's command. At any moment its time is in one s
     compile     tracing, lowering and compiling, within whatever it happens
     data        the loop stands still for rows; the devices may still be at the step before
     step        the loop hands steps to the devices and waits for them
-    evaluation
     save        the loop stands still for a checkpoint
     other       what is none of these
 
@@ -37,7 +36,7 @@ import numpy as np
 from emu3_jax import exit_codes, metrics
 
 FILE = "ledger.jsonl"
-SPANS = ("start_up", "compile", "data", "step", "evaluation", "save", "other")
+SPANS = ("start_up", "compile", "data", "step", "save", "other")
 # After these ends it was not a failure that made somebody start the run again.
 ORDERLY = (
     exit_codes.DONE, exit_codes.INTERRUPTED, *exit_codes.FATAL, *exit_codes.UNCOUNTED

@@ -106,7 +106,7 @@ def test_compilation_is_moved_out_of_the_span_it_happens_in(open_ledger, clock):
             other.join()
             jax.monitoring.record_event_duration_secs("/jax/checkpoint/write_duration", 1)
             assert book.seconds == of(start_up=3, compile=12, step=6)
-        with book.span("evaluation"):
+        with book.span("save"):
             clock.wait(1)
             compiled(3600)  # JAX measures by the wall clock: no more than there was
             compiled(-3600)

@@ -102,9 +102,10 @@ class Evaluate:
     def run(self) -> None:
         """Measures what is missing and writes the report anew.
 
-        Raises ValueError for a size that the tokenizer cannot take, for too many bad records, and
-        for a source, a tokenizer or a network that cannot be read.
+        Raises ValueError for an unknown figure, for a size that the tokenizer cannot take, for too
+        many bad records, and for a source, a tokenizer or a network that cannot be read.
         """
+        self._check_figures()
         kinds = [kind for kind in ("images", "videos") if getattr(self, kind) is not None]
         if not kinds:
             raise ValueError("nothing to evaluate on: set images or videos")
@@ -127,13 +128,16 @@ class Evaluate:
             results[name].write(path)
         self._finish(model.config, fingerprint, results)
 
-    def judges(self) -> "Judges":
-        """The networks in memory. ValueError for an unknown figure, or weights not to be had."""
+    def _check_figures(self) -> None:
         for name in self.figures:
             if name not in NETWORKS:
                 raise ValueError(f"figure {name!r} is unknown; take of {', '.join(NETWORKS)}")
-        if "rfid" in self.figures and not self.inception:
-            raise ValueError("rfid needs Inception's weights: set inception and inception_sha256")
+        if ("rfid" in self.figures) != bool(self.inception):
+            raise ValueError("rfid among the figures and inception, the weights it needs, come "
+                             "together: set both, or neither")  # fmt: skip
+
+    def judges(self) -> "Judges":
+        """The networks in memory. ValueError for weights not to be had."""
         params = {
             network: inception.load(self.inception, self.inception_sha256)
             if network == "inception" else lpips.load(network)
