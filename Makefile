@@ -18,7 +18,7 @@ ARGS ?= --config=configs/studio.py:demo
 KEEP := glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592
 ON_CPU := GLIBC_TUNABLES=glibc.malloc.hugetlb=1:$(KEEP) JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu}
 RUN := $(ON_CPU) $(BIN)/python
-# Most of a test is compilation, which takes one core. Each worker may come to hold 5 GB.
+# Most of a test is compilation, which takes one core. Each worker may come to hold 6 GB.
 WORKERS ?= 2
 PYTEST := $(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
