@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable
 from typing import NamedTuple
+from unittest import mock
 
 from benchmarks import chaos
 from emu3_jax import metrics
@@ -121,14 +122,11 @@ def _clock(folder: pathlib.Path):
     if not libraries:
         raise Lacking("libfaketime")
     (folder / "clock").write_text("+0")
-    os.environ |= dict(
-        LD_PRELOAD=str(libraries[0]), FAKETIME_TIMESTAMP_FILE=str(folder / "clock"),
+    with mock.patch.dict(
+        os.environ, LD_PRELOAD=str(libraries[0]), FAKETIME_TIMESTAMP_FILE=str(folder / "clock"),
         FAKETIME_CACHE_DURATION="1", FAKETIME_DONT_FAKE_MONOTONIC="1", NO_FAKE_STAT="1",
-    )  # fmt: skip
-    try:
+    ):  # fmt: skip
         yield
-    finally:
-        del os.environ["LD_PRELOAD"]
 
 
 def _set_clock(by: str) -> Callable:

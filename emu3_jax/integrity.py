@@ -127,9 +127,10 @@ def _size_and_crc(path: pathlib.Path) -> tuple[int, int]:
 
 def _chunks(path: pathlib.Path, names) -> Iterator[tuple[str, tensorstore.TensorStore, tuple]]:
     """Every chunk of every array, unread, with its first index along each dimension."""
-    base = f"file://{path.absolute()}/state/"
+    # A context of its own: what one read-back has cached is read from storage by the next.
     context = tensorstore.Context({"cache_pool#index": {"total_bytes_limit": _CACHE}})
-    store = {"driver": "ocdbt", "base": base, "cache_pool": "cache_pool#index"}
+    store = {"driver": "ocdbt", "base": f"file://{path.absolute()}/state/",
+             "cache_pool": "cache_pool#index"}  # fmt: skip
     for name in sorted(names):
         array = tensorstore.open({"driver": "zarr", "kvstore": store, "path": name},
                                  open=True, read=True, context=context).result()  # fmt: skip
